@@ -1,0 +1,190 @@
+"""Frozen, proven settings: what to quantize to (`NF4`, `FP4`, `INT8`) and how to train (`QLORA_ZERO2`, `LORA_ZERO3`).
+
+A preset is data. `dataclasses.replace(QLORA_ZERO2, micro_batch=8)` gives a changed one, and the methods turn it into
+the objects that transformers, PEFT and DeepSpeed take; keywords of those methods override single entries.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+Precision = Literal["bf16", "fp16", "fp32"]
+Offload = Literal["none", "cpu"]
+
+
+@dataclass(frozen=True)
+class QuantPreset:
+    """How bitsandbytes stores the frozen base: code book, bits per weight, double quantization of the scales."""
+
+    name: str
+    quant_type: Literal["nf4", "fp4", "int8"]
+    double_quant: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of one packed weight, without its share of the scales."""
+        return 8 if self.quant_type == "int8" else 4
+
+    def bnb_config(
+        self,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> BitsAndBytesConfig:
+        """Build the `transformers.BitsAndBytesConfig` of this preset.
+
+        Args:
+            compute_dtype: dtype that 4-bit weights are dequantized to in the forward pass; bf16 if None.
+            storage_dtype: dtype of the tensor that holds packed 4-bit weights; uint8 if None. Under DeepSpeed it must
+                be uint8 or the engine's dtype, under FSDP2 the dtype of the other parameters.
+            **overrides: entries of `BitsAndBytesConfig`, for example ``llm_int8_skip_modules=["lm_head"]``.
+
+        Example:
+            >>> NF4.bnb_config().bnb_4bit_quant_type
+            'nf4'
+        """
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if self.bits == 8:
+            return BitsAndBytesConfig(**{"load_in_8bit": True, **overrides})
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": torch.bfloat16 if compute_dtype is None else compute_dtype,
+            "bnb_4bit_quant_storage": torch.uint8 if storage_dtype is None else storage_dtype,
+        }
+        return BitsAndBytesConfig(**{**settings, **overrides})
+
+
+@dataclass(frozen=True)
+class TrainPreset:
+    """A way to train that is known to work: ZeRO stage, precision, LoRA shape, batch, checkpointing, offload.
+
+    The four levers of practice are fields: ``micro_batch`` and ``global_batch`` (sequences per rank and forward pass;
+    per optimizer step over all ranks, None: micro_batch x ranks), ``precision``, ``gradient_checkpointing`` (read by
+    `load_quantized`; DeepSpeed has no key for it) and ``optimizer_offload``.
+    """
+
+    name: str
+    stage: Literal[0, 1, 2, 3]
+    quantization: QuantPreset | None
+    r: int = 64
+    alpha: int = 64
+    precision: Precision = "bf16"
+    micro_batch: int = 1
+    global_batch: int | None = None
+    gradient_checkpointing: bool = True
+    optimizer_offload: Offload = "none"
+    learning_rate: float = 1e-4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The engine's dtype: what parameters that are not quantized are cast to."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+    def lora_config(self, **overrides: Any) -> LoraConfig:
+        """Build the `peft.LoraConfig`: all linear layers, no dropout (a policy's logprobs must be reproducible).
+
+        Args:
+            **overrides: entries of `LoraConfig`.
+
+        Example:
+            >>> QLORA_ZERO2.lora_config(r=8).r
+            8
+        """
+        from peft import LoraConfig
+
+        settings = {
+            "task_type": "CAUSAL_LM",
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "target_modules": "all-linear",
+        }
+        return LoraConfig(**{**settings, **overrides})
+
+    def deepspeed_config(self, **overrides: Any) -> dict[str, Any]:
+        """Build the DeepSpeed config as a new dict.
+
+        Args:
+            **overrides: top-level keys of the DeepSpeed config. Dicts are merged key by key, other values replace,
+                None removes the key.
+
+        Example:
+            >>> config = QLORA_ZERO2.deepspeed_config(train_micro_batch_size_per_gpu=8, gradient_clipping=0.5)
+            >>> config["zero_optimization"]["stage"], config["train_micro_batch_size_per_gpu"]
+            (2, 8)
+        """
+        config: dict[str, Any] = {
+            **self._batch(),
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": self._adam()},
+            "zero_optimization": self._zero(),
+            "zero_allow_untested_optimizer": True,
+        }
+        if self.precision != "fp32":
+            config[self.precision] = {"enabled": True}
+        if "gradient_accumulation_steps" in overrides and "train_batch_size" not in overrides:
+            config.pop("train_batch_size", None)
+        return _merged(config, overrides)
+
+    def _batch(self) -> dict[str, int]:
+        batch = {"train_micro_batch_size_per_gpu": self.micro_batch}
+        if self.global_batch is None:
+            return {**batch, "gradient_accumulation_steps": 1}
+        return {**batch, "train_batch_size": self.global_batch}
+
+    def _adam(self) -> dict[str, Any]:
+        # torch's own AdamW: the fused and CPU ones of DeepSpeed are compiled at the first step, which needs a
+        # compiler that matches torch's CUDA; adapters are too few to gain from them. Offload gains, so it uses it.
+        settings = {"lr": self.learning_rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+        return {**settings, "torch_adam": self.optimizer_offload == "none"}
+
+    def _zero(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False}
+        if self.stage == 3:
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if self.optimizer_offload != "none":
+            zero["offload_optimizer"] = {"device": self.optimizer_offload, "pin_memory": True}
+        return zero
+
+
+def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge ``overrides`` into a copy of ``config``: dicts key by key, None removes."""
+    result = copy.deepcopy(config)
+    for key, value in overrides.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+NF4 = QuantPreset("NF4", "nf4", double_quant=True)
+"""4-bit NormalFloat with doubly quantized scales, the format of the QLoRA paper (arXiv:2305.14314)."""
+
+FP4 = QuantPreset("FP4", "fp4", double_quant=True)
+"""4-bit floats with doubly quantized scales."""
+
+INT8 = QuantPreset("INT8", "int8")
+"""8-bit integers with outlier columns in 16 bits, LLM.int8() (arXiv:2208.07339)."""
+
+QLORA_ZERO2 = TrainPreset("QLORA_ZERO2", stage=2, quantization=NF4)
+"""QLoRA on an NF4 base, the base replicated on every rank: the fastest where the 4-bit model fits one GPU."""
+
+LORA_ZERO3 = TrainPreset("LORA_ZERO3", stage=3, quantization=None, optimizer_offload="cpu")
+"""LoRA on an unquantized base that is sharded over the ranks, optimizer states in host memory."""
