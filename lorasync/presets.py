@@ -1,7 +1,7 @@
-"""Frozen, proven settings: what to quantize to (`NF4`, `FP4`, `INT8`) and how to train (`QLORA_ZERO2`, `LORA_ZERO3`).
+"""Frozen, proven settings: how to quantize (`NF4`, `FP4`, `INT8`), how to train (`QLORA_ZERO2`, `LORA_ZERO3`).
 
-A preset is data. `dataclasses.replace(QLORA_ZERO2, micro_batch=8)` gives a changed one, and the methods turn it into
-the objects that transformers, PEFT and DeepSpeed take; keywords of those methods override single entries.
+A preset is data. `dataclasses.replace(QLORA_ZERO2, micro_batch=8)` gives a changed one, and the methods turn
+it into the objects that transformers, PEFT and DeepSpeed take; their keywords override single entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Offload = Literal["none", "cpu"]
 
 @dataclass(frozen=True)
 class QuantPreset:
-    """How bitsandbytes stores the frozen base: code book, bits per weight, double quantization of the scales."""
+    """How bitsandbytes stores the frozen base: code book, bits a weight, double quantization of scales."""
 
     name: str
     quant_type: Literal["nf4", "fp4", "int8"]
@@ -43,8 +43,8 @@ class QuantPreset:
 
         Args:
             compute_dtype: dtype that 4-bit weights are dequantized to in the forward pass; bf16 if None.
-            storage_dtype: dtype of the tensor that holds packed 4-bit weights; uint8 if None. Under DeepSpeed it must
-                be uint8 or the engine's dtype, under FSDP2 the dtype of the other parameters.
+            storage_dtype: dtype of the tensor that holds packed 4-bit weights; uint8 if None. Under DeepSpeed
+                it must be uint8 or the engine's dtype, under FSDP2 the dtype of the other parameters.
             **overrides: entries of `BitsAndBytesConfig`, for example ``llm_int8_skip_modules=["lm_head"]``.
 
         Example:
@@ -70,9 +70,10 @@ class QuantPreset:
 class TrainPreset:
     """A way to train that is known to work: ZeRO stage, precision, LoRA shape, batch, checkpointing, offload.
 
-    The four levers of practice are fields: ``micro_batch`` and ``global_batch`` (sequences per rank and forward pass;
-    per optimizer step over all ranks, None: micro_batch x ranks), ``precision``, ``gradient_checkpointing`` (read by
-    `load_quantized`; DeepSpeed has no key for it) and ``optimizer_offload``.
+    The four levers of practice are fields: ``micro_batch`` and ``global_batch`` (sequences per rank and forward
+    pass; per optimizer step over all ranks, None: micro_batch x ranks), ``precision``,
+    ``gradient_checkpointing`` (DeepSpeed has no key for it: hand it to `load_quantized`) and
+    ``optimizer_offload``.
     """
 
     name: str
@@ -95,7 +96,7 @@ class TrainPreset:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
     def lora_config(self, **overrides: Any) -> LoraConfig:
-        """Build the `peft.LoraConfig`: all linear layers, no dropout (a policy's logprobs must be reproducible).
+        """Build the `peft.LoraConfig`: all linear layers, no dropout (logprobs must be reproducible).
 
         Args:
             **overrides: entries of `LoraConfig`.
@@ -119,8 +120,8 @@ class TrainPreset:
         """Build the DeepSpeed config as a new dict.
 
         Args:
-            **overrides: top-level keys of the DeepSpeed config. Dicts are merged key by key, other values replace,
-                None removes the key.
+            **overrides: top-level keys of the DeepSpeed config. Dicts are merged key by key, other values
+                replace, None removes the key.
 
         Example:
             >>> config = QLORA_ZERO2.deepspeed_config(train_micro_batch_size_per_gpu=8, gradient_clipping=0.5)
@@ -147,8 +148,8 @@ class TrainPreset:
         return {**batch, "train_batch_size": self.global_batch}
 
     def _adam(self) -> dict[str, Any]:
-        # torch's own AdamW: the fused and CPU ones of DeepSpeed are compiled at the first step, which needs a
-        # compiler that matches torch's CUDA; adapters are too few to gain from them. Offload gains, so it uses it.
+        # DeepSpeed compiles its fused Adam at the first step, which needs a CUDA compiler that matches torch, and
+        # adapters are too few to gain from it. Its CPU Adam is what makes offload bearable.
         settings = {"lr": self.learning_rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
         return {**settings, "torch_adam": self.optimizer_offload == "none"}
 
