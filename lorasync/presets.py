@@ -1,4 +1,4 @@
-"""Frozen, proven settings: how to quantize (`NF4`, `FP4`, `INT8`), how to train (`QLORA_ZERO2`, `LORA_ZERO3`).
+"""Frozen, proven settings to quantize (`NF4`, `FP4`, `INT8`) and to train (`QLORA_ZERO2`, `LORA_ZERO3`).
 
 A preset is data. `dataclasses.replace(QLORA_ZERO2, micro_batch=8)` gives a changed one, and the methods turn
 it into the objects that transformers, PEFT and DeepSpeed take; their keywords override single entries.
@@ -70,8 +70,8 @@ class QuantPreset:
 class TrainPreset:
     """A way to train that is known to work: ZeRO stage, precision, LoRA shape, batch, checkpointing, offload.
 
-    The four levers of practice are fields: ``micro_batch`` and ``global_batch`` (sequences per rank and forward
-    pass; per optimizer step over all ranks, None: micro_batch x ranks), ``precision``,
+    The four levers of practice are fields: ``micro_batch`` and ``global_batch`` (sequences per rank and
+    forward pass; per optimizer step over all ranks, None: micro_batch x ranks), ``precision``,
     ``gradient_checkpointing`` (DeepSpeed has no key for it: hand it to `load_quantized`) and
     ``optimizer_offload``.
     """
@@ -148,8 +148,8 @@ class TrainPreset:
         return {**batch, "train_batch_size": self.global_batch}
 
     def _adam(self) -> dict[str, Any]:
-        # DeepSpeed compiles its fused Adam at the first step, which needs a CUDA compiler that matches torch, and
-        # adapters are too few to gain from it. Its CPU Adam is what makes offload bearable.
+        # DeepSpeed compiles its fused Adam at the first step, which needs a CUDA compiler that matches
+        # torch, and adapters are too few to gain from it. Its CPU Adam is what makes offload bearable.
         settings = {"lr": self.learning_rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
         return {**settings, "torch_adam": self.optimizer_offload == "none"}
 
