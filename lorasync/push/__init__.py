@@ -1,0 +1,6 @@
+"""Push a source to a live vLLM engine: `connect`, then `send_weights`."""
+
+from lorasync.push.report import SyncReport
+from lorasync.push.sync import Sync, connect
+
+__all__ = ["Sync", "SyncReport", "connect"]

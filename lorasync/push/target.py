@@ -1,0 +1,166 @@
+"""How an engine is reached: one class a kind of target, all with the same few calls."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from lorasync.errors import EngineNotReadyError, SyncError, SyncTimeoutError
+from lorasync.plugin import BACKEND
+
+FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
+ARGUMENT = f'LLM(..., weight_transfer_config={{"backend": "{BACKEND}"}})'
+
+
+class Target(Protocol):
+    """The calls that a push needs. ``in_process``: tensors can be handed over as they are."""
+
+    in_process: bool
+
+    def init(self, info: dict[str, Any]) -> None: ...
+
+    def start(self) -> None: ...
+
+    def update(self, info: dict[str, Any]) -> None: ...
+
+    def finish(self, version: str) -> None: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+
+@runtime_checkable
+class WeightSyncCalls(Protocol):
+    """vLLM's own `VLLMWeightSyncClient`: any object with these four calls (an HTTP client, Ray handles) will do."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self) -> None: ...
+
+
+def target_of(engine: object, *, timeout: float) -> Target:
+    """The target for an engine object.
+
+    Raises:
+        EngineNotReadyError: if it is no engine, or was started without the backend; the message shows the flag.
+    """
+    if hasattr(engine, "llm_engine"):
+        return LLMTarget(engine, timeout=timeout)
+    if isinstance(engine, WeightSyncCalls):
+        return CallsTarget(engine, timeout=timeout)
+    raise EngineNotReadyError(
+        f"target: got {type(engine).__name__}, expected a vllm.LLM or an object with vLLM's four weight-sync calls "
+        "(init_weight_transfer_engine, start_weight_update, update_weights, finish_weight_update)."
+    )
+
+
+class LLMTarget:
+    """A `vllm.LLM`, in process or with its engine core in another process."""
+
+    def __init__(self, llm: Any, *, timeout: float) -> None:
+        _check_backend(llm.llm_engine.vllm_config)
+        self._llm = llm
+        self._timeout = timeout
+        core = llm.llm_engine.engine_core
+        self._core_is_here = hasattr(core, "engine_core")
+        executor = core.engine_core.model_executor if self._core_is_here else None
+        self.in_process = hasattr(executor, "driver_worker")
+        self._finish_takes_version = "weight_version" in inspect.signature(llm.finish_weight_update).parameters
+
+    def init(self, info: dict[str, Any]) -> None:
+        self._call(lambda: self._llm.init_weight_transfer_engine({"init_info": info}), "the handshake")
+
+    def start(self) -> None:
+        self._call(self._llm.start_weight_update, "start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        self._call(lambda: self._llm.update_weights({"update_info": info}), "update_weights")
+
+    def finish(self, version: str) -> None:
+        arguments = {"weight_version": version} if self._finish_takes_version else {}
+        self._call(lambda: self._llm.finish_weight_update(**arguments), "finish_weight_update")
+
+    def reset_prefix_cache(self) -> None:
+        if self._call(self._llm.reset_prefix_cache, "reset_prefix_cache") is False:
+            raise SyncError(
+                "prefix cache: vLLM did not reset it (requests are still running), expected an empty cache. "
+                "Push between generate() calls: cached keys and values of the old version would be served."
+            )
+
+    def _call(self, call: Callable[[], Any], what: str) -> Any:
+        if self._core_is_here:
+            return call()
+        return call_with_limit(call, self._timeout, f"{what}: the vLLM engine core")
+
+
+class CallsTarget:
+    """Any object with vLLM's four weight-sync calls, each taking plain dicts."""
+
+    in_process = False
+
+    def __init__(self, calls: WeightSyncCalls, *, timeout: float) -> None:
+        self._calls = calls
+        self._timeout = timeout
+
+    def init(self, info: dict[str, Any]) -> None:
+        call_with_limit(lambda: self._calls.init_weight_transfer_engine(info), self._timeout, "the handshake")
+
+    def start(self) -> None:
+        call_with_limit(self._calls.start_weight_update, self._timeout, "start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        call_with_limit(lambda: self._calls.update_weights(info), self._timeout, "update_weights")
+
+    def finish(self, version: str) -> None:
+        call_with_limit(self._calls.finish_weight_update, self._timeout, "finish_weight_update")
+
+    def reset_prefix_cache(self) -> None:
+        reset = getattr(self._calls, "reset_prefix_cache", None)
+        if not callable(reset):
+            raise SyncError(
+                f"{type(self._calls).__name__}: has no reset_prefix_cache(), expected one: without it the engine "
+                "serves cached keys and values of the old version."
+            )
+        call_with_limit(reset, self._timeout, "reset_prefix_cache")
+
+
+def call_with_limit(call: Callable[[], Any], seconds: float, who: str) -> Any:
+    """Run a call that waits for another process, in a thread of its own, for so long at most.
+
+    Raises:
+        SyncTimeoutError: naming who did not answer. The call goes on in its thread; its outcome is dropped.
+    """
+    outcome: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, call()))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, name="lorasync-call", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise SyncTimeoutError(
+            f"{who} did not answer within {seconds:g} s. Is it busy, hung or dead? connect(..., timeout=…) sets the limit."
+        )
+    succeeded, value = outcome[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+def _check_backend(vllm_config: Any) -> None:
+    config = getattr(vllm_config, "weight_transfer_config", None)
+    backend = getattr(config, "backend", None)
+    if backend != BACKEND:
+        raise EngineNotReadyError(
+            f"weight transfer backend: got {backend!r}, expected {BACKEND!r}. Start the engine with {ARGUMENT}, or with "
+            f"vllm serve {FLAG}; it can't be added to a running engine."
+        )

@@ -1,0 +1,125 @@
+"""What a worker does with the tensors it gets: one applier a strategy, all with the same four verbs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
+from lorasync.receive import vllm_parts
+from lorasync.receive.live import LiveModel, LiveWriter
+from lorasync.receive.plan import LoadPlan, check_complete, record_plan
+from lorasync.wire import Control, dtype_name, manifest_from_text
+
+if TYPE_CHECKING:
+    from lorasync.receive.engine import WorkerEngine
+
+
+class Applier(Protocol):
+    """Receives buckets, then commits. Until `commit` returns, a failure must leave `undo` able to clean up."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
+
+    def commit(self, version: int) -> dict[str, Any]: ...
+
+    def rollback(self) -> dict[str, Any]: ...
+
+    def undo(self) -> bool:
+        """Drop what the unfinished update brought; True if live weights had been touched already."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def applier_for(control: Control, engine: WorkerEngine) -> Applier:
+    """The applier that the trainer asked for in its handshake.
+
+    Raises:
+        MismatchError: if what will be pushed does not fit the served model; everything wrong is listed.
+    """
+    wanted = json.loads(control.apply)
+    if wanted.get("kind") == "load":
+        return LoadApplier(control, engine)
+    raise SyncError(f"apply: got {wanted.get('kind')!r}, expected 'load'. Trainer and engine differ in version.")
+
+
+class LoadApplier:
+    """Merged weights: each bucket goes into the live weights as it comes."""
+
+    def __init__(self, control: Control, engine: WorkerEngine) -> None:
+        manifest = manifest_from_text(control.manifest)
+        ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
+        plan = record_plan(vllm_parts.build_twin(engine.vllm_config), manifest, ranks=ranks)
+        check_complete(plan)
+        _refuse_narrowing(plan, manifest)
+        self._expected = {name: (dtype, shape) for name, dtype, shape in manifest}
+        self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._pass: LiveWriter | None = None
+        self._received: set[str] = set()
+
+    def describe(self) -> dict[str, Any]:
+        return {"tensors": len(self._expected), "direct": len(self._live.direct), "params": len(self._live.plan.layouts)}
+
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        self._check(tensors)
+        if self._pass is None:
+            self._pass = LiveWriter(self._live)
+        self._pass.write(tensors)
+        self._received |= tensors.keys()
+        return {"received": len(self._received)}
+
+    def commit(self, version: int) -> dict[str, Any]:
+        missing = sorted(self._expected.keys() - self._received)
+        if missing:
+            raise PayloadError(
+                f"version {version}: {len(missing)} of {len(self._expected)} tensors never came: {', '.join(missing[:8])}"
+            )
+        assert self._pass is not None
+        self._pass.finish()
+        self._pass, self._received = None, set()
+        return {}
+
+    def rollback(self) -> dict[str, Any]:
+        raise SyncError("rollback: merged weights replace the old ones in place. Push the older policy instead.")
+
+    def undo(self) -> bool:
+        touched = self._pass is not None and self._pass.touched
+        if self._pass is not None:
+            self._pass.undo()
+        self._pass, self._received = None, set()
+        return touched
+
+    def close(self) -> None:
+        self.undo()
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        wrong = []
+        for name, tensor in tensors.items():
+            got = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+            expected = self._expected.get(name)
+            if name in self._received:
+                wrong.append(Mismatch(name, "it a second time", "each name once", "Fix the source."))
+            elif expected is None:
+                wrong.append(Mismatch(name, got, "only names of the handshake", "connect() again."))
+            elif expected != (tensor.dtype, tuple(tensor.shape)):
+                wrong.append(Mismatch(name, got, f"{dtype_name(expected[0])} {expected[1]}", "connect() again."))
+        if wrong:
+            raise MismatchError("A bucket is not what the handshake announced; none of it was applied.", wrong)
+
+
+def _refuse_narrowing(plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+    """A tensor in a wider dtype than the engine's would be rounded a second time, without a word."""
+    params: dict[str, str] = {name: param for param, names in plan.feeds.items() for name in names}
+    wrong = []
+    for name, dtype, _ in manifest:
+        serving = plan.layouts[params[name]][1] if name in params else dtype
+        if torch.promote_types(dtype, serving) != serving and dtype.is_floating_point and serving.is_floating_point:
+            fix = f"Send what it serves: MergedSource(model, dtype=torch.{dtype_name(serving)})."
+            wrong.append(Mismatch(name, dtype_name(dtype), dtype_name(serving), fix))
+    if wrong:
+        raise MismatchError("Some tensors are wider than what the engine serves; nothing was touched.", wrong)

@@ -1,0 +1,204 @@
+"""The worker engine ``"lorasync"``: runs in every vLLM worker, takes what the trainer pushes and applies it.
+
+vLLM calls it through its weight-transfer seam (`init_transfer_engine`, `start_weight_update`, `receive_weights`,
+`finish_weight_update`); nothing of vLLM is patched. The first of these doubles as the control channel (`Control`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+
+from lorasync import __version__
+from lorasync.errors import EngineClosedError, LorasyncError, Mismatch, MismatchError, PayloadError, SyncError
+from lorasync.receive.apply import Applier, applier_for
+from lorasync.wire import (
+    PROTOCOL,
+    Control,
+    Mailbox,
+    Update,
+    error_as_dict,
+    read_safetensors,
+    unpack,
+)
+from lorasync.wire import digest as digest_of
+
+
+class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
+    """One per vLLM worker; made when the worker loads its model, idle until a trainer says hello."""
+
+    init_info_cls = Control
+    update_info_cls = Update
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._applier: Applier | None = None
+        self._mailbox: Mailbox | None = None
+        self._session = ""
+        self.version = 0
+        self.closed = ""
+        self._failure: BaseException | None = None
+
+    # ------------------------------------------------------------------------- vLLM's four calls
+
+    def init_transfer_engine(self, init_info: Control) -> None:
+        """Handshake, commit, rollback or status: whatever is asked outside of an update."""
+        if init_info.op == "hello":
+            self._mailbox = Mailbox.open(init_info.mailbox)
+        operations: dict[str, Callable[[Control], dict[str, Any]]] = {
+            "hello": self._hello,
+            "commit": self._commit,
+            "rollback": self._rollback,
+            "status": lambda _: {},
+            "goodbye": self._goodbye,
+        }
+        self._answering(init_info.call, lambda: operations[init_info.op](init_info))
+
+    def start_weight_update(self) -> None:
+        """Nothing is touched before the first bucket."""
+        self._failure = None
+
+    def receive_weights(self, update_info: Update) -> None:
+        """Check one bucket and stage or load it; an error ends the update."""
+        self._answering(update_info.call, lambda: self._bucket(update_info))
+
+    def finish_weight_update(self) -> None:
+        """vLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
+
+    def shutdown(self) -> None:
+        """Forget the trainer; the served weights stay as they are."""
+        if self._applier is not None:
+            self._applier.close()
+        self._applier = None
+
+    # -------------------------------------------------------------------------------- operations
+
+    def _hello(self, control: Control) -> dict[str, Any]:
+        self._check_protocol(control)
+        if self._applier is not None:
+            self._applier.close()
+        self._applier = None
+        self._applier = applier_for(control, self)
+        self._session = control.session
+        return self._applier.describe()
+
+    def _bucket(self, update: Update) -> dict[str, Any]:
+        applier = self._applier_of(update.session)
+        if update.op == "abort":
+            self._abort(applier)
+            raise SyncError("The trainer gave up the update.")
+        try:
+            tensors = self._tensors_of(update)
+            return applier.receive(tensors)
+        except BaseException:
+            self._abort(applier)
+            raise
+
+    def _abort(self, applier: Applier) -> None:
+        if applier.undo():
+            self.closed = (
+                f"The push of version {self.version + 1} died half-way: part of the engine's weights is new, part is "
+                f"of version {self.version}. Call send_weights() again; a push that completes opens the engine."
+            )
+
+    def _commit(self, control: Control) -> dict[str, Any]:
+        applier = self._applier_of(control.session)
+        try:
+            found = applier.commit(control.version)
+        except BaseException:
+            self._abort(applier)
+            raise
+        self.version = control.version
+        self.closed = ""
+        return found
+
+    def _rollback(self, control: Control) -> dict[str, Any]:
+        found = self._applier_of(control.session).rollback()
+        self.version = control.version
+        return found
+
+    def _goodbye(self, control: Control) -> dict[str, Any]:
+        if control.session == self._session:
+            self.shutdown()
+        return {}
+
+    # ----------------------------------------------------------------------------------- helpers
+
+    def _applier_of(self, session: str) -> Applier:
+        if self._applier is None or session != self._session:
+            raise SyncError(
+                f"session: got {session or 'none'}, expected {self._session or 'a handshake first'}. The engine was "
+                "restarted or another trainer took it over: connect() again."
+            )
+        return self._applier
+
+    def _tensors_of(self, update: Update) -> dict[str, torch.Tensor]:
+        if update.tensors is not None:
+            return dict(update.tensors)
+        if update.path:
+            if self._mailbox is None:
+                raise PayloadError("The payload lies in shared memory that this worker can't reach: other host or user.")
+            tensors = read_safetensors(self._mailbox.payload(update.path))
+        else:
+            tensors = unpack(update.payload)
+        if update.digest and digest_of(tensors) != update.digest:
+            raise PayloadError(f"bucket: the digest differs from {update.digest}: bytes were altered. Not applied.")
+        return tensors
+
+    def _check_protocol(self, control: Control) -> None:
+        if control.protocol != PROTOCOL:
+            raise MismatchError(
+                "Trainer and engine run versions of lorasync that don't understand each other; nothing was touched.",
+                [
+                    Mismatch(
+                        "lorasync",
+                        f"{control.lorasync} (protocol {control.protocol}) in the trainer",
+                        f"{__version__} (protocol {PROTOCOL}) as in the engine",
+                        "Install the same version on both sides.",
+                    )
+                ],
+            )
+
+    def _answering(self, call: int, operation: Callable[[], dict[str, Any]]) -> None:
+        """Run it, and put the outcome into the mailbox: vLLM's calls carry no answer back."""
+        before = time.perf_counter()
+        try:
+            body = operation()
+        except BaseException as error:
+            self._reply(call, {"ok": False, "error": error_as_dict(error)}, before)
+            raise
+        self._reply(call, {"ok": True, **body}, before)
+
+    def _reply(self, call: int, body: dict[str, Any], before: float) -> None:
+        if self._mailbox is None or not self._mailbox.folder.exists():
+            return
+        parallel = self.vllm_config.parallel_config
+        state = {
+            "version": self.version,
+            "closed": self.closed,
+            "world_size": parallel.world_size,
+            "seconds": time.perf_counter() - before,
+        }
+        self._mailbox.reply(call, self.rank, {**state, **body})
+
+    @property
+    def rank(self) -> int:
+        parallel = self.vllm_config.parallel_config
+        return int(parallel.rank)
+
+    def check_open(self) -> None:
+        """Raise if a merged push died half-way.
+
+        Raises:
+            EngineClosedError: naming the version and what to do.
+        """
+        if self.closed:
+            raise EngineClosedError(self.closed)
+
+
+__all__ = ["LorasyncError", "WorkerEngine"]

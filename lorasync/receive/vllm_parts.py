@@ -1,0 +1,77 @@
+"""What differs between vLLM's versions, one function each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def build_twin(vllm_config: Any) -> torch.nn.Module:
+    """The served model once more, on the meta device: same parameters, no memory, vLLM's own loaders.
+
+    Attention layers register themselves by name in the compilation config, so the twin gets a config of its own.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    for registry in ("static_all_moe_layers",):  # absent in old versions
+        if hasattr(config.compilation_config, registry):
+            setattr(config.compilation_config, registry, [])
+    with set_current_vllm_config(config), _default_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+        return initialize_model(vllm_config=config)
+
+
+def is_plain_layer(layer: torch.nn.Module) -> bool:
+    """Whether the layer keeps its weights as its loader wrote them: no quantization, no repacking."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method = getattr(layer, "quant_method", None)
+    return method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+
+
+def repack_for_cpu(layer: torch.nn.Module) -> None:
+    """Let a CPU layer that keeps a packed copy beside its weight pack it anew (a tied ``lm_head``, for one)."""
+    if hasattr(layer, "cpu_linear") and layer.weight.numel():
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def reload_begin(layer: torch.nn.Module) -> None:
+    """Put one layer on meta and let its loaders wait until it is complete."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    initialize_layerwise_reload(layer)
+
+
+def reload_end(layer: torch.nn.Module, model_config: Any) -> None:
+    """Process what was loaded into the layer and copy it into the storage that it had before."""
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+    finalize_layerwise_reload(layer, model_config)
+
+
+def reload_undo(layer: torch.nn.Module) -> None:
+    """Give a layer that is not complete its old weights back."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.get_layerwise_info(layer)
+    if info.can_load() and info.kernel_tensors is not None:
+        layerwise._place_kernel_tensors(layer, info)
+    info.reset()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,302 @@
+"""What the trainer and the vLLM worker must agree on: messages, payloads, replies.
+
+Messages are plain dicts of strings, numbers and bytes (they pass every route that vLLM offers, pickle is
+never needed). Tensors travel as safetensors bytes, inline or as a file in a private shared-memory folder.
+Replies and errors come back as JSON files in the same folder, because vLLM's weight-sync calls return nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+
+from lorasync import errors
+from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
+
+PROTOCOL = 1
+INLINE_LIMIT = 4 << 20
+"""Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
+
+Tensors = Mapping[str, torch.Tensor]
+_FOLDER_PREFIX = "lorasync-"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+_SAFETENSORS_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+# --------------------------------------------------------------------------------------------- messages
+
+
+@dataclass(frozen=True)
+class Control:
+    """Rides `init_weight_transfer_engine`: the handshake, and the questions asked outside of an update."""
+
+    op: Literal["hello", "commit", "rollback", "status", "goodbye"]
+    protocol: int
+    lorasync: str
+    session: str
+    call: int
+    mailbox: str
+    apply: str = "{}"
+    manifest: str = "[]"
+    version: int = 0
+    details: str = "{}"
+
+
+@dataclass(frozen=True)
+class Update:
+    """Rides `update_weights`: one bucket of tensors, or the word that the update is given up."""
+
+    op: Literal["bucket", "abort"]
+    session: str
+    version: int
+    call: int
+    digest: str = ""
+    path: str = ""
+    payload: bytes = b""
+    tensors: Any = field(default=None, repr=False)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise PayloadError(f"dtype {name!r} is not one that travels; expected one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+# --------------------------------------------------------------------------------------------- payloads
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write_safetensors(tensors: Tensors, path: Path) -> None:
+    """Write ``tensors`` (any device) as a safetensors file, each copied exactly once, straight into the file's pages.
+
+    `safetensors.torch.save_file` copies every tensor to bytes first, which costs a second copy of the bucket.
+    """
+    header, data_bytes = _header(tensors)
+    with path.open("x+b") as file:
+        # A sparse file promises room that /dev/shm may not have, and writing then dies of SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, len(header) + data_bytes)
+        file.write(header)
+    if data_bytes == 0:
+        return
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=len(header) + data_bytes)
+    everything = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    at = len(header)
+    for tensor in tensors.values():
+        size = tensor.numel() * tensor.element_size()
+        everything[at : at + size].copy_(as_bytes(tensor), non_blocking=False)
+        at += size
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Map a safetensors file; the tensors stay valid after the file is unlinked."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise PayloadError(f"{path.name}: not a readable safetensors file ({error}); nothing was applied.") from error
+
+
+def pack(tensors: Tensors) -> bytes:
+    """The same as safetensors bytes, for payloads that ride in the call."""
+    return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
+
+
+def unpack(payload: bytes) -> dict[str, torch.Tensor]:
+    """Read safetensors bytes.
+
+    Raises:
+        PayloadError: if they are truncated or malformed; the header is checked before anything is allocated.
+    """
+    try:
+        return safetensors.torch.load(payload)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise PayloadError(f"inline payload: not safetensors bytes ({error}); nothing was applied.") from error
+
+
+def digest(tensors: Tensors) -> str:
+    """xxh3-128 over names, dtypes, shapes and bytes, in order; equal on both sides of the wire."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        state.update(f"{name}|{dtype_name(tensor.dtype)}|{tuple(tensor.shape)}|".encode())
+        state.update(as_bytes(tensor).cpu().numpy().data)
+    return str(state.hexdigest())
+
+
+def digest_of_text(text: str) -> str:
+    """xxh3-128 of a string."""
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as a flat uint8 tensor (a view where the tensor is contiguous)."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _header(tensors: Tensors) -> tuple[bytes, int]:
+    entries, at = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        kind = _SAFETENSORS_NAMES[dtype_name(tensor.dtype)]
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, at
+
+
+# ---------------------------------------------------------------------------------- the shared folder
+
+
+class Mailbox:
+    """A private folder in shared memory: payload files go one way, one JSON reply a rank and call the other.
+
+    Made by the trainer (mode 0700), read by workers of the same user on the same host. A worker elsewhere
+    finds no folder and replies nothing: its errors still arrive as exceptions.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls) -> Mailbox:
+        return cls(Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=shared_memory_root())))
+
+    @classmethod
+    def open(cls, folder: str) -> Mailbox | None:
+        """The folder of a handshake, if it is on this host and ours.
+
+        Raises:
+            PayloadError: if the path leads out of the shared-memory folder or belongs to somebody else.
+        """
+        path = Path(folder)
+        if not folder or not path.exists():
+            return None
+        if path.resolve().parent != shared_memory_root().resolve() or not path.name.startswith(_FOLDER_PREFIX):
+            raise PayloadError(
+                f"mailbox: got {folder}, expected {shared_memory_root()}/{_FOLDER_PREFIX}…. Nothing was touched."
+            )
+        status = path.stat()
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise PayloadError(f"mailbox {folder}: must belong to this user with mode 0700. Nothing was touched.")
+        return cls(path)
+
+    def new_file(self) -> Path:
+        return self.folder / f"{secrets.token_hex(8)}.safetensors"
+
+    def payload(self, name: str) -> Path:
+        """A payload file by its name alone: no path from the wire leads anywhere else."""
+        if Path(name).name != name:
+            raise PayloadError(f"payload: got the path {name!r}, expected a file name. Nothing was applied.")
+        return self.folder / name
+
+    def reply(self, call: int, rank: int, body: Mapping[str, Any]) -> None:
+        path = self.folder / f"{call}-{rank}.json"
+        half = path.with_suffix(".part")
+        half.write_text(json.dumps(body))
+        half.rename(path)
+
+    def collect(self, call: int) -> dict[int, dict[str, Any]]:
+        """The replies to a call by rank; each is read once."""
+        found = {}
+        for path in sorted(self.folder.glob(f"{call}-*.json")):
+            found[int(path.stem.split("-")[1])] = json.loads(path.read_text())
+            path.unlink()
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def shared_memory_root() -> Path:
+    """``/dev/shm`` where there is one, otherwise the folder for temporary files."""
+    shm = Path("/dev/shm")  # noqa: S108
+    return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+
+
+# ----------------------------------------------------------------------------------- errors as replies
+
+
+def error_as_dict(error: BaseException) -> dict[str, Any]:
+    """An error as JSON, so that the trainer can raise the same one."""
+    if isinstance(error, MismatchError):
+        listed = [asdict(m) for m in error.mismatches]
+        return {"type": type(error).__name__, "message": error.summary, "mismatches": listed}
+    return {"type": type(error).__name__, "message": str(error), "mismatches": []}
+
+
+def error_from_dict(found: Mapping[str, Any]) -> LorasyncError:
+    """The error that a worker reported; a type that is not ours becomes a `SyncError` that names it."""
+    kind = getattr(errors, str(found["type"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, LorasyncError)):
+        return errors.SyncError(f"{found['type']} in the engine: {found['message']}")
+    if issubclass(kind, MismatchError):
+        return kind(str(found["message"]), [Mismatch(**m) for m in found["mismatches"]])
+    return kind(str(found["message"]))
+
+
+def manifest_as_text(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> str:
+    return json.dumps([[name, dtype_name(dtype), list(shape)] for name, dtype, shape in entries])
+
+
+def manifest_from_text(text: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of what will be sent, in order.
+
+    Raises:
+        PayloadError: if the text is no manifest.
+    """
+    try:
+        return [(str(name), dtype_of(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise PayloadError(f"manifest: malformed ({error}). Nothing was touched.") from error
