@@ -1,0 +1,88 @@
+"""One merge as data, and the check of a list of them before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorasync.errors import Mismatch, MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasync.kernels.bases import Base
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeJob:
+    """Write round(W + s·B·A) into ``out``; with ``magnitude`` DoRA's m / ‖W + s·B·A‖ · (W + s·B·A).
+
+    Args:
+        out: Where the result goes: bf16, fp16 or fp32, the base's shape, any strides (a slice of a fused weight).
+        base: W, which is only read; it must not overlap ``out`` where the job is to run more than once.
+        lora_a: A, of shape (r, in_features), unit stride along its rows.
+        lora_b: B, of shape (out_features, r), unit stride along its rows.
+        scaling: s.
+        fan_in_fan_out: Whether W is stored as (in_features, out_features).
+        magnitude: DoRA's m, of shape (out_features,), or None.
+        name: What errors call the job.
+    """
+
+    out: Tensor
+    base: Base
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    fan_in_fan_out: bool = False
+    magnitude: Tensor | None = None
+    name: str = ""
+
+
+def check_jobs(jobs: Sequence[MergeJob]) -> None:
+    """Raise one `MismatchError` for everything that is wrong with any job."""
+    found = [m for i, job in enumerate(jobs) for m in _mismatches(job, job.name or f"job {i}")]
+    if found:
+        raise MismatchError("These merges can't run; nothing was written.", found)
+
+
+def _mismatches(job: MergeJob, name: str) -> list[Mismatch]:
+    return [*_shape_mismatches(job, name), *_dtype_mismatches(job, name), *_device_mismatches(job, name)]
+
+
+def _shape_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
+    if job.lora_a.ndim != 2 or job.lora_b.ndim != 2 or job.lora_a.shape[0] != job.lora_b.shape[1]:
+        got = f"A {tuple(job.lora_a.shape)}, B {tuple(job.lora_b.shape)}"
+        return [Mismatch(name, got, "A (r, in), B (out, r)", "Gather both factors whole.")]
+    n_out, n_in = job.lora_b.shape[0], job.lora_a.shape[1]
+    expected = (n_in, n_out) if job.fan_in_fan_out else (n_out, n_in)
+    shapes = [("out", tuple(job.out.shape), expected), ("base", tuple(job.base.shape), expected)]
+    if job.magnitude is not None:
+        shapes.append(("magnitude", tuple(job.magnitude.flatten().shape), (n_out,)))
+    fix = "Is the adapter for this weight, and is fan_in_fan_out right?"
+    return [Mismatch(f"{name}.{part}", str(got), str(want), fix) for part, got, want in shapes if got != want]
+
+
+def _dtype_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
+    parts = {"out": job.out.dtype, "base": job.base.dtype, "lora_a": job.lora_a.dtype, "lora_b": job.lora_b.dtype}
+    expected = "bfloat16, float16 or float32"
+    return [
+        Mismatch(f"{name}.{part}", str(dtype), expected, "Cast it.")
+        for part, dtype in parts.items()
+        if dtype not in FLOATS
+    ]
+
+
+def _device_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
+    parts = [("lora_a", job.lora_a), ("lora_b", job.lora_b), *job.base.tensors()]
+    if job.magnitude is not None:
+        parts.append(("magnitude", job.magnitude))
+    return [
+        Mismatch(f"{name}.{part}", str(tensor.device), str(job.out.device), "Move it there.")
+        for part, tensor in parts
+        if tensor.device != job.out.device
+    ]

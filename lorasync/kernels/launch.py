@@ -1,0 +1,320 @@
+"""From jobs to launches: sort by kind, write pointer tables, compile, run.
+
+Imports Triton; `lorasync.kernels.grouped` imports this module where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lorasync.kernels import tune as tuning
+from lorasync.kernels.bases import Int8Base, PackedBase, PlainBase
+from lorasync.kernels.triton_merge import FIELDS, adapter_amax, dora_factor, merge_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lorasync.kernels.bases import Base
+    from lorasync.kernels.jobs import MergeJob
+    from lorasync.kernels.tune import Config
+
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+CANCELLED = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-10, torch.float32: 0.0}
+"""Below this share of W a merged element is computed again in fp64: fp32's error is half an ulp there."""
+
+AMAX_CHUNKS, AMAX_ROWS, AMAX_COLS, FACTOR_BLOCK = 16, 64, 64, 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one compiled kernel is for; jobs of the same variant share a launch."""
+
+    device: torch.device
+    kind: int
+    base_dtype: torch.dtype
+    out_dtype: torch.dtype
+    factor_dtype: torch.dtype
+    magnitude_dtype: torch.dtype | None
+    fan_in_fan_out: bool
+    aligned: bool
+    r_aligned: bool
+    r_pad: int
+    blocksize: int
+    nested: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether the factors are fp32 and are multiplied in halves."""
+        return self.factor_dtype == torch.float32
+
+
+class Launch:
+    """The jobs of one variant, their tables on the device, and the kernels to launch."""
+
+    def __init__(self, variant: Variant, jobs: Sequence[MergeJob], config: Config) -> None:
+        self.variant, self.config = variant, config
+        self._factors = [_factors(job, variant.factor_dtype) for job in jobs]
+        self._constants = _constants(variant, config)
+        self._buffers = _buffers(variant, jobs, config)
+        rows, tiles = _table(variant, jobs, [pair for pair, _ in self._factors], self._buffers, config)
+        self.n_jobs, self.n_tiles = len(rows), sum(tiles)
+        self._jobs = torch.tensor(rows, dtype=torch.int64).to(variant.device)
+        counts = torch.tensor(tiles)
+        self._tile_jobs = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(variant.device)
+        self._max_features = max(job.lora_b.shape[0] for job in jobs)
+
+    def prime(self) -> None:
+        """Compile and load every kernel by a launch on a job without elements: it reads and writes nothing."""
+        empty = self._jobs[:1].clone()
+        for field, value in (("rows", 0), ("cols", 0), ("first_tile", 0), ("tiles_n", 1)):
+            empty[:, FIELDS.index(field)] = value
+        self._run(empty, torch.zeros(1, dtype=torch.int32, device=self.variant.device), 1, 1)
+
+    def run(self) -> None:
+        """Launch on the current stream."""
+        for (lora_a, lora_b), (source_a, source_b) in self._factors:
+            if lora_a is not source_a:
+                lora_a.copy_(source_a)
+            if lora_b is not source_b:
+                lora_b.copy_(source_b)
+        self._run(self._jobs, self._tile_jobs, self.n_jobs, self.n_tiles)
+
+    def _run(self, jobs: Tensor, tile_jobs: Tensor, n_jobs: int, n_tiles: int) -> None:
+        if n_tiles == 0:
+            return
+        variant, config = self.variant, self.config
+        factor_type, trans = TRITON_TYPES[variant.factor_dtype], variant.fan_in_fan_out
+        if variant.split:
+            self._buffers["amax"].zero_()
+            adapter_amax[(2 * n_jobs, AMAX_CHUNKS)](
+                jobs, AB_TYPE=factor_type, TRANS=trans, CHUNKS=AMAX_CHUNKS, BM=AMAX_ROWS, BN=AMAX_COLS
+            )
+        if variant.magnitude_dtype is not None:
+            self._merge(jobs, tile_jobs, n_tiles, norm=True)
+            blocks = triton.cdiv(self._max_features, FACTOR_BLOCK)
+            dora_factor[(n_jobs, blocks)](
+                jobs, M_TYPE=TRITON_TYPES[variant.magnitude_dtype], TRANS=trans, TILE=config.bm, BF=FACTOR_BLOCK
+            )
+        self._merge(jobs, tile_jobs, n_tiles, norm=False)
+
+    def _merge(self, jobs: Tensor, tile_jobs: Tensor, n_tiles: int, *, norm: bool) -> None:
+        merge_tiles[(n_tiles,)](
+            jobs, tile_jobs, NORM=norm, num_warps=self.config.warps, enable_fp_fusion=False, **self._constants
+        )
+
+
+def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
+    """Sort jobs by variant, choose tile shapes, write the tables and compile; no ``out`` is touched."""
+    groups: dict[Variant, list[MergeJob]] = defaultdict(list)
+    for job in jobs:
+        groups[variant_of(job)].append(job)
+    launches = []
+    for variant, members in groups.items():
+        with _on(variant.device):
+            launch = Launch(variant, members, choose(variant, members, tune=tune))
+            launch.prime()
+        launches.append(launch)
+    return tuple(launches)
+
+
+def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
+    """Pick the tile shape: what was measured here before, else measured now (``tune``), else what is shipped."""
+    choices = tuning.candidates(split=variant.split)
+    key = _tuning_key(variant)
+    stored = tuning.known(key)
+    if stored is not None or not tune:
+        return stored or choices[0]
+    sample = _scratch_jobs(jobs)
+    return tuning.fastest(key, choices, lambda config: _time(Launch(variant, sample, config)))
+
+
+def variant_of(job: MergeJob) -> Variant:
+    """Say which kernel a job needs."""
+    base = job.base
+    packed = base if isinstance(base, PackedBase) else None
+    a, b = job.lora_a, job.lora_b
+    r = a.shape[0]
+    mixed = a.dtype != b.dtype
+    return Variant(
+        device=job.out.device,
+        kind=(PlainBase, PackedBase, Int8Base).index(type(base)),
+        base_dtype=base.dtype,
+        out_dtype=job.out.dtype,
+        factor_dtype=torch.float32 if mixed else a.dtype,
+        magnitude_dtype=None if job.magnitude is None else job.magnitude.dtype,
+        fan_in_fan_out=job.fan_in_fan_out,
+        aligned=not mixed and _aligned(job),
+        r_aligned=not mixed and r % 8 == 0 and _vectors(b),
+        r_pad=max(16, triton.next_power_of_2(r)),
+        blocksize=packed.blocksize if packed else 0,
+        nested=packed is not None and packed.nested is not None,
+    )
+
+
+def _aligned(job: MergeJob) -> bool:
+    """Whether rows of everything start at 16 bytes, so that loads and stores go by whole vectors."""
+    base = job.base
+    if isinstance(base, PackedBase):
+        whole_blocks = not any(n % base.blocksize for n in (base.shape[1], base.stride, base.offset))
+        base_fits = whole_blocks and base.packed.data_ptr() % 16 == 0
+    else:
+        base_fits = _vectors(base.weight)
+    across = job.out.shape if job.fan_in_fan_out else job.out.shape[1:]
+    return base_fits and _vectors(job.out) and _vectors(job.lora_a) and not any(n % 16 for n in across)
+
+
+def _vectors(tensor: Tensor) -> bool:
+    row = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and row % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def _factors(job: MergeJob, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The factors as the kernel wants them, and as they were given; mostly the same tensors."""
+    given = (job.lora_a, job.lora_b)
+    lora_a, lora_b = (t if t.dtype == dtype and t.stride(1) == 1 else t.to(dtype).contiguous() for t in given)
+    return (lora_a, lora_b), given
+
+
+def _constants(variant: Variant, config: Config) -> dict[str, Any]:
+    return {
+        "KIND": variant.kind,
+        "W_TYPE": TRITON_TYPES[variant.base_dtype],
+        "OUT_TYPE": TRITON_TYPES[variant.out_dtype],
+        "AB_TYPE": TRITON_TYPES[variant.factor_dtype],
+        "SPLIT": variant.split,
+        "TRANS": variant.fan_in_fan_out,
+        "ALIGNED": variant.aligned,
+        "R_ALIGNED": variant.r_aligned,
+        "R_PAD": variant.r_pad,
+        "BLOCK": variant.blocksize,
+        "NESTED": variant.nested,
+        "DORA": variant.magnitude_dtype is not None,
+        "EXACT": variant.out_dtype != torch.float32,
+        "LIMIT": CANCELLED[variant.out_dtype],
+        "BM": config.bm,
+        "BN": config.bn,
+        "RK": min(config.rk, variant.r_pad),
+    }
+
+
+def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Tensor]:
+    """The small memory between kernels: largest |x| of fp32 factors, DoRA's partial norms and factors."""
+    sizes = {"amax": 2 * len(jobs), "partial": 0, "factor": 0}
+    if variant.magnitude_dtype is not None:
+        sizes["partial"] = sum(_parts(job, config) * job.lora_b.shape[0] for job in jobs)
+        sizes["factor"] = 2 * sum(job.lora_b.shape[0] for job in jobs)
+    dtypes = {"amax": torch.int32, "partial": torch.float32, "factor": torch.float32}
+    return {name: torch.empty(n, dtype=dtypes[name], device=variant.device) for name, n in sizes.items()}
+
+
+def _parts(job: MergeJob, config: Config) -> int:
+    return triton.cdiv(job.lora_a.shape[1], config.bm if job.fan_in_fan_out else config.bn)
+
+
+def _table(
+    variant: Variant,
+    jobs: Sequence[MergeJob],
+    factors: Sequence[tuple[Tensor, Tensor]],
+    buffers: dict[str, Tensor],
+    config: Config,
+) -> tuple[list[list[int]], list[int]]:
+    """One row of the job table for each job, and how many tiles it has."""
+    table, tiles, features, parts = [], [], 0, 0
+    for i, (job, pair) in enumerate(zip(jobs, factors, strict=True)):
+        rows, cols = job.out.shape
+        tiles_n = triton.cdiv(cols, config.bn)
+        row = _job_fields(job, pair) | _base_fields(job.base)
+        row |= {"first_tile": sum(tiles) if i == 0 else first, "tiles_n": tiles_n}
+        row["amax"] = buffers["amax"].data_ptr() + 8 * i
+        row["partial"] = buffers["partial"].data_ptr() + 4 * parts
+        row["factor"] = buffers["factor"].data_ptr() + 8 * features
+        table.append([row.get(field, 0) for field in FIELDS])
+        tiles.append(triton.cdiv(rows, config.bm) * tiles_n)
+        first = row["first_tile"] + tiles[-1]
+        if variant.magnitude_dtype is not None:
+            features += job.lora_b.shape[0]
+            parts += _parts(job, config) * job.lora_b.shape[0]
+    return table, tiles
+
+
+def _job_fields(job: MergeJob, factors: tuple[Tensor, Tensor]) -> dict[str, int]:
+    lora_a, lora_b = factors
+    return {
+        "out": job.out.data_ptr(),
+        "lora_a": lora_a.data_ptr(),
+        "lora_b": lora_b.data_ptr(),
+        "rows": job.out.shape[0],
+        "cols": job.out.shape[1],
+        "r": lora_a.shape[0],
+        "out_stride0": job.out.stride(0),
+        "out_stride1": job.out.stride(1),
+        "lora_a_stride": lora_a.stride(0),
+        "lora_b_stride": lora_b.stride(0),
+        "scaling": _bits(job.scaling),
+        "magnitude": 0 if job.magnitude is None else job.magnitude.data_ptr(),
+    }
+
+
+def _base_fields(base: Base) -> dict[str, int]:
+    if isinstance(base, PackedBase):
+        fields = {
+            "base": base.packed.data_ptr(),
+            "base_stride0": base.stride,
+            "base_offset": base.offset,
+            "scales": base.absmax.data_ptr(),
+            "code": base.code.data_ptr(),
+        }
+        if base.nested is not None:
+            fields["nested_absmax"] = base.nested.absmax.data_ptr()
+            fields["nested_code"] = base.nested.code.data_ptr()
+            fields["nested_offset"] = _bits(base.nested.offset)
+        return fields
+    weight = base.weight
+    fields = {"base": weight.data_ptr(), "base_stride0": weight.stride(0), "base_stride1": weight.stride(1)}
+    return fields | ({"scales": base.scales.data_ptr()} if isinstance(base, Int8Base) else {})
+
+
+def _bits(value: float) -> int:
+    """A float64 as the int64 of the same bits."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def _scratch_jobs(jobs: Sequence[MergeJob], limit: int = 64 << 20) -> list[MergeJob]:
+    """The largest job a few times over, cut to ``limit`` bytes, writing into memory of its own: for timing."""
+    job = max(jobs, key=lambda j: j.out.numel())
+    out = torch.empty_like(job.out, memory_format=torch.contiguous_format)
+    return [replace(job, out=out)] * max(1, min(4, limit // max(1, out.numel() * out.element_size())))
+
+
+def _time(launch: Launch) -> float:
+    """The milliseconds of one run: the best of five after one."""
+    launch.run()
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        launch.run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)
+
+
+def _tuning_key(variant: Variant) -> str:
+    gpu = torch.cuda.get_device_name(variant.device) if variant.device.type == "cuda" else "interpreter"
+    parts = [str(value) for name, value in vars(variant).items() if name != "device"]
+    return "|".join((gpu, f"triton {triton.__version__}", *parts))
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,87 @@
+"""Tile shapes: what to use for a kind of merge, and what was measured to be best on this GPU, kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, at most ``rk`` ranks at a time."""
+
+    bm: int
+    bn: int
+    warps: int
+    rk: int
+
+
+CANDIDATES = (
+    Config(128, 128, 8, 64),
+    Config(64, 128, 4, 64),
+    Config(128, 64, 4, 64),
+    Config(64, 256, 8, 64),
+    Config(128, 64, 8, 64),
+)
+SPLIT_CANDIDATES = (
+    Config(128, 128, 8, 32),
+    Config(128, 64, 4, 32),
+    Config(64, 128, 4, 32),
+    Config(128, 64, 8, 32),
+)
+
+
+def candidates(*, split: bool) -> tuple[Config, ...]:
+    """List the tile shapes worth timing, the shipped choice first."""
+    return SPLIT_CANDIDATES if split else CANDIDATES
+
+
+def cache_path() -> Path:
+    """Say where measured choices are kept: ``LORASYNC_CACHE_DIR``, or ``lorasync`` in the user's cache directory."""
+    own = os.environ.get("LORASYNC_CACHE_DIR")
+    if own:
+        return Path(own) / "kernels.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lorasync" / "kernels.json"
+
+
+def known(key: str) -> Config | None:
+    """Read the measured choice for this key, or None; an unreadable file counts as empty."""
+    entry = _read().get(key)
+    try:
+        return None if entry is None else Config(**entry)
+    except TypeError:
+        return None
+
+
+def remember(key: str, config: Config) -> None:
+    """Write a measured choice; a directory that can't be written is no error, the choice is lost."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(_read() | {key: asdict(config)}, indent=1, sort_keys=True))
+        new.replace(path)
+    except OSError:
+        return
+
+
+def fastest(key: str, choices: tuple[Config, ...], time: Callable[[Config], float]) -> Config:
+    """Time every choice, remember the fastest under ``key`` and return it."""
+    best = min(choices, key=time)
+    remember(key, best)
+    return best
+
+
+def _read() -> dict[str, dict[str, int]]:
+    try:
+        content = json.loads(cache_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
