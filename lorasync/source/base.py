@@ -1,0 +1,148 @@
+"""Reading one parameter of the training model (plain, 4-bit, 8-bit, offloaded) without writing to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasync.errors import AdapterError, UngatheredError
+from lorasync.zero import full_shape, is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def tensor_of(module: nn.Module, attr: str) -> Tensor:
+    """Return the parameter or buffer registered under ``attr``, as it is (sharded, on meta, packed)."""
+    parameter = module._parameters.get(attr)
+    tensor = module._buffers[attr] if parameter is None else parameter
+    assert tensor is not None
+    return tensor
+
+
+def tensors_of(module: nn.Module) -> Iterator[str]:
+    """Name the parameters and persistent buffers of ``module`` itself, in `state_dict`'s order."""
+    yield from (name for name, param in module._parameters.items() if param is not None)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name
+
+
+def is_4bit(tensor: Tensor) -> bool:
+    """Whether this is bitsandbytes' packed 4-bit parameter."""
+    return hasattr(tensor, "quant_state") and hasattr(tensor, "quant_type")
+
+
+def is_8bit(tensor: Tensor) -> bool:
+    """Whether this is bitsandbytes' int8 parameter."""
+    return type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether reading this parameter means dequantizing it."""
+    return is_4bit(tensor) or is_8bit(tensor)
+
+
+def logical(module: nn.Module, attr: str, *, int8_dtype: torch.dtype) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return the dtype and shape that a parameter has once it is whole and dequantized; nothing is gathered.
+
+    Args:
+        module: The module that owns it.
+        attr: Its name there.
+        int8_dtype: What an 8-bit weight becomes: int8 does not say what it was.
+
+    Raises:
+        AdapterError: A 4-bit parameter that was never quantized.
+    """
+    tensor = tensor_of(module, attr)
+    if is_4bit(tensor):
+        state = _quant_state(tensor, attr)
+        return state.dtype, tuple(state.shape)
+    return int8_dtype if is_8bit(tensor) else tensor.dtype, tuple(full_shape(tensor))
+
+
+@torch.no_grad()
+def read(module: nn.Module, attr: str, *, name: str) -> Tensor:
+    """Read a parameter or buffer, dequantized; the result may share memory with the model, so only read it.
+
+    Args:
+        module: The module that owns it.
+        attr: Its name there.
+        name: What to call it in an error.
+
+    Raises:
+        UngatheredError: This rank holds only a shard of it.
+        AdapterError: A packed weight is in no state to be read.
+    """
+    tensor = _onloaded(module, attr)
+    if is_sharded(tensor):
+        raise UngatheredError(
+            f"{name}: got a shard of shape {tuple(tensor.shape)}, expected the whole "
+            f"{tuple(full_shape(tensor))}. Read it inside lorasync.zero.gathered()."
+        )
+    if is_4bit(tensor):
+        return _dequantize_4bit(tensor, name)
+    if is_8bit(tensor):
+        return _dequantize_8bit(module, tensor, name)
+    return tensor.detach()
+
+
+def _onloaded(module: nn.Module, attr: str) -> Tensor:
+    """Fetch what accelerate keeps on the CPU or on disk while the module's own parameter is on meta."""
+    tensor = tensor_of(module, attr)
+    if tensor.device.type != "meta":
+        return tensor
+    hook: Any = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", (hook,)):
+        weights = getattr(candidate, "weights_map", None)
+        if weights is not None:
+            stored: Tensor = weights[attr]
+            return stored
+    raise AdapterError(
+        f"{attr}: got a meta tensor without an accelerate hook, expected weights. Load them first."
+    )
+
+
+def _quant_state(tensor: Tensor, name: str) -> Any:
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        raise AdapterError(
+            f"{name}: got a 4-bit weight that was never quantized. Move the model to its device first."
+        )
+    return state
+
+
+def _dequantize_4bit(tensor: Tensor, name: str) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = _quant_state(tensor, name)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise AdapterError(
+            f"{name}: got a weight that bitsandbytes repacked for AVX512 in an eval-mode forward, expected "
+            "the original: its values can't be read back exactly. Load with lorasync.load.load_quantized, or "
+            "set module.support_avx512bf16_for_cpu = False on every Linear4bit before the first forward."
+        )
+    expected = state.shape.numel()
+    held = tensor.numel() * tensor.element_size() * 2
+    if held != expected + expected % 2:
+        raise UngatheredError(
+            f"{name}: got {held} packed values, expected {expected}: a shard, or a foreign quant_state. "
+            "Read it inside lorasync.zero.gathered()."
+        )
+    weight: Tensor = dequantize_4bit(tensor.data, state)
+    return weight
+
+
+def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    state: Any = getattr(module, "state", None)
+    scales = tensor.SCB if getattr(tensor, "SCB", None) is not None else getattr(state, "SCB", None)
+    if scales is None:
+        raise AdapterError(
+            f"{name}: got an int8 weight without its scales (SCB). Move the model to its device first."
+        )
+    weight: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
+    return weight

@@ -1,0 +1,161 @@
+"""NaN and Inf are refused before the first tensor is yielded, all names at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lorasync.errors import NonFiniteError
+from lorasync.source.base import is_4bit, is_8bit
+from lorasync.zero import gathered, is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lorasync.source.plan import Slot
+
+_SHOWN = 20
+
+
+@dataclass
+class FiniteCheck:
+    """Looks at every value that a pass will use, but at a frozen base weight only once.
+
+    Each rank looks at what it holds; under ZeRO-3 and FSDP2 the ranks then compare notes (one small
+    collective), so that all refuse together. A pass whose factors are finite can still overflow the served
+    dtype: where that is possible at all, the module is merged once to see.
+    """
+
+    _seen: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+
+    def __call__(self, slots: Iterable[Slot], dtype: torch.dtype | None) -> None:
+        """Check what these slots are made of.
+
+        Raises:
+            NonFiniteError: With the name of every bad tensor.
+        """
+        slots = list(slots)
+        names, peaks = self._peaks(slots)
+        sharded = any(is_sharded(param) for slot in slots for param in slot.params)
+        peaks = _everywhere(peaks) if sharded else peaks
+        bad = [name for name, peak in zip(names, peaks, strict=True) if not math.isfinite(peak)]
+        if not bad:
+            bad = [
+                slot.name
+                for slot in slots
+                if _may_overflow(slot, dtype, dict(zip(names, peaks, strict=True)))
+            ]
+        if bad:
+            listing = "\n  ".join(bad[:_SHOWN]) + (
+                f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+            )
+            raise NonFiniteError(
+                f"{len(bad)} tensors: got NaN or Inf, expected finite values. Nothing was sent. Go back to "
+                "the last good adapter (did the loss diverge?), or pass check_finite=False if you know better."
+                f"\n  {listing}"
+            )
+
+    def _peaks(self, slots: list[Slot]) -> tuple[list[str], list[float]]:
+        names, peaks = [], []
+        for slot in slots:
+            for name, tensor in _inputs(slot):
+                names.append(name)
+                peaks.append(self._peak(tensor))
+        return names, peaks
+
+    def _peak(self, tensor: Tensor) -> float:
+        if tensor.requires_grad:
+            return _peak(tensor)
+        local = _local(tensor)
+        version, pointer, peak = self._seen.get(id(tensor), (-1, -1, 0.0))
+        if (version, pointer) != (local._version, local.data_ptr()):
+            peak = _peak(tensor)
+            self._seen[id(tensor)] = (local._version, local.data_ptr(), peak)
+        return peak
+
+
+def _inputs(slot: Slot) -> list[tuple[str, Tensor]]:
+    inputs = [(slot.name, slot.held)]
+    for step in slot.steps:
+        inputs += [(f"{slot.name} ({step.adapter}, {_part(i)})", p) for i, p in enumerate(step.params)]
+    if slot.general is not None:
+        inputs += [(f"{slot.name} ({slot.general.adapters[-1]})", p) for p in slot.general.params()]
+    return inputs
+
+
+def _part(index: int) -> str:
+    return ("A", "B", "magnitude")[index]
+
+
+@torch.no_grad()
+def _peak(tensor: Tensor) -> float:
+    """The largest absolute value of what this rank holds, NaN if there is one; without a copy of the tensor.
+
+    For a packed weight its scales say it: codes lie within -1 and 1.
+    """
+    held: Any = tensor
+    if is_4bit(tensor):
+        state = held.quant_state
+        return (
+            _largest(state.state2.absmax) + abs(float(state.offset))
+            if state.nested
+            else _largest(state.absmax)
+        )
+    if is_8bit(tensor):
+        return 0.0 if held.SCB is None else _largest(held.SCB)
+    return _largest(_local(tensor))
+
+
+def _largest(values: Tensor) -> float:
+    if values.numel() == 0 or values.device.type == "meta" or not values.dtype.is_floating_point:
+        return 0.0
+    low, high = (float(x) for x in torch.aminmax(values))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if not is_sharded(tensor):
+        return tensor.detach()
+    shard = getattr(tensor, "ds_tensor", None)
+    return cast("Any", tensor).to_local() if shard is None else shard  # type: ignore[no-any-return]
+
+
+def _everywhere(peaks: list[float]) -> list[float]:
+    """The largest peak of any rank, NaN and Inf included."""
+    mine = [math.inf if math.isnan(p) else p for p in peaks]
+    device = (
+        torch.device("cpu")
+        if dist.get_backend() == "gloo"
+        else torch.device("cuda", torch.cuda.current_device())
+    )
+    values = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [float(v) for v in values]
+
+
+def _may_overflow(slot: Slot, dtype: torch.dtype | None, peaks: dict[str, float]) -> bool:
+    """Whether the merged values leave the served dtype; computed only where a bound doesn't exclude it."""
+    target = slot.dtype if dtype is None else dtype
+    if not slot.adapted or not target.is_floating_point or _bound(slot, peaks) < torch.finfo(target).max:
+        return False
+    with gathered(slot.params):
+        return not bool(torch.isfinite(slot.make(target)).all())
+
+
+def _bound(slot: Slot, peaks: dict[str, float]) -> float:
+    """An upper bound of |W + s·B·A| from the largest values of each; infinite where only a merge can tell."""
+    total = math.inf if slot.general is not None else peaks[slot.name]
+    for step in slot.steps:
+        found = [peaks[f"{slot.name} ({step.adapter}, {_part(i)})"] for i in range(len(step.params))]
+        layer: Any = step.layer
+        scaling = abs(float(getattr(layer, "scaling", {}).get(step.adapter, 1.0)))
+        if len(found) == 1:
+            total += max(scaling, 1.0) * found[0]
+        else:
+            total += scaling * layer.r[step.adapter] * found[0] * found[1] if len(found) == 2 else math.inf
+    return total

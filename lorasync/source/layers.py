@@ -1,0 +1,196 @@
+"""What each kind of PEFT layer does to the weight below it, said in terms of `lorasync.merge`.
+
+LoRA's own layers are spelled out here. Everything else that PEFT can merge goes through
+`lorasync.source.replica`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.tuners.lora.layer import ParamWrapper, _ConvNd
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from lorasync.errors import UnmergeableError
+from lorasync.merge import (
+    add_delta,
+    conv_delta,
+    embedding_delta,
+    expert_delta,
+    lora_delta,
+    merge_dora,
+    replace_rows,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from lorasync.source.model import Adapters
+
+_DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
+# Variants whose merge is plain LoRA's: they differ in how they start or how they train.
+_AS_LORA = (variants.MiCALinearVariant, variants.MiCAEmbeddingVariant, variants.VeloraLinearVariant)
+_NEVER = {
+    "ALoraLinearVariant": "aLoRA acts only after its invocation tokens: serve the adapter itself",
+    "ArrowLinearVariant": "Arrow routes every token to other experts: remove the router adapter first",
+    "QALoraLinearVariant": "QALoRA pools its inputs, PEFT can't merge it either: train plain LoRA",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter's effect on one weight: `apply` takes the weight so far and the untouched one."""
+
+    layer: BaseTunerLayer
+    adapter: str
+    params: tuple[Tensor, ...]
+    apply: Callable[[Tensor, Tensor, bool], Tensor]
+
+
+def active(layer: Any, adapters: Adapters) -> list[str]:
+    """Name the adapters that are merged into this layer, in PEFT's order."""
+    wanted = layer.active_adapters if adapters is None else adapters
+    held = layer._get_available_adapters()
+    return [name for name in wanted if name in held]
+
+
+def spelled_out(layer: BaseTunerLayer, adapter: str) -> bool:
+    """Whether this module knows the arithmetic of the layer; `lorasync.source.replica` takes the others."""
+    if isinstance(layer, TrainableTokensLayer):
+        return True
+    if not isinstance(layer, lora.LoraLayer) or "adalora" in type(layer).__module__:
+        return False
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, _DORA + _AS_LORA):
+        return False
+    kinds = (lora.Linear, lora.Embedding, _ConvNd, lora.layer.MultiheadAttention, ParamWrapper)
+    return isinstance(layer, kinds) or _is_bnb(layer)
+
+
+def steps(layer: BaseTunerLayer, adapter: str, attr: str) -> Iterator[Step]:
+    """Yield what one adapter of a spelled-out layer does to the base parameter called ``attr``."""
+    if isinstance(layer, TrainableTokensLayer):
+        if attr == "weight":
+            yield _rows(layer, adapter)
+    elif attr == _weight_name(layer):
+        yield _dora(layer, adapter) if adapter in _dora_adapters(layer) else _plain(layer, adapter)
+    elif attr == "bias" and layer.lora_bias.get(adapter):
+        yield _bias(layer, adapter)
+
+
+def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> None:
+    """Raise for what has no merged form.
+
+    Raises:
+        UnmergeableError: The variant can't be merged; the message says what works instead.
+    """
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    reason = reason or _NEVER.get(type(variant).__name__)
+    base = layer.get_base_layer()
+    if reason is None and isinstance(layer, _ConvNd) and base.groups > 1:
+        reason = (
+            f"a convolution with groups={base.groups} has no merge in PEFT: leave it out of target_modules"
+        )
+    biased = getattr(layer, "lora_bias", {}).get(adapter)
+    if reason is None and biased and getattr(base, "bias", None) is None:
+        reason = "lora_bias=True needs a bias in the base layer to be merged into: train with lora_bias=False"
+    if reason is not None:
+        raise UnmergeableError(
+            f"{name}: got adapter {adapter!r} of {type(layer).__name__}, which can't be merged: {reason}."
+        )
+
+
+def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return A and B of a LoRA layer as PEFT holds them."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def delta_of(layer: Any, adapter: str, *, exact: bool = False) -> Tensor:
+    """Compute s·B·A of a LoRA layer in the layout of the weight."""
+    a, b = factors(layer, adapter)
+    scaling = layer.scaling[adapter]
+    if isinstance(layer, lora.Embedding):
+        return embedding_delta(a, b, scaling, exact=exact)
+    if isinstance(layer, _ConvNd):
+        return conv_delta(a, b, scaling, exact=exact)
+    if isinstance(layer, ParamWrapper):
+        transposed = not layer._did_swap_in_out_features
+        return expert_delta(a, b, scaling, experts=layer.num_experts, transposed=transposed, exact=exact)
+    fan_in_fan_out = bool(getattr(layer, "fan_in_fan_out", False))
+    return lora_delta(a, b, scaling, fan_in_fan_out=fan_in_fan_out, exact=exact or _is_bnb(layer))
+
+
+def _plain(layer: Any, adapter: str) -> Step:
+    casts_first = isinstance(layer, lora.Embedding | lora.layer.MultiheadAttention | ParamWrapper)
+
+    def apply(weight: Tensor, _: Tensor, exact: bool) -> Tensor:
+        delta = delta_of(layer, adapter, exact=exact)
+        if casts_first and not exact and weight.device.type == "cpu":
+            delta = delta.to(weight.dtype)
+        return add_delta(weight, delta, reuse=True)
+
+    return Step(layer, adapter, factors(layer, adapter), apply)
+
+
+def _dora(layer: Any, adapter: str) -> Step:
+    magnitude = layer.lora_magnitude_vector[adapter].weight
+    flipped = isinstance(layer, lora.Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+
+    def apply(weight: Tensor, base: Tensor, exact: bool) -> Tensor:
+        delta = delta_of(layer, adapter, exact=exact).to(weight.device)
+        return merge_dora(weight, delta, magnitude, norm_base=base, out_dim=int(flipped))
+
+    return Step(layer, adapter, (*factors(layer, adapter), magnitude), apply)
+
+
+def _bias(layer: Any, adapter: str) -> Step:
+    added = layer.lora_B[adapter].bias
+
+    def apply(bias: Tensor, _: Tensor, exact: bool) -> Tensor:  # noqa: ARG001
+        with torch.no_grad():
+            merged: Tensor = bias + (added * layer.scaling[adapter]).to(bias.device)
+        return merged
+
+    return Step(layer, adapter, (added,), apply)
+
+
+def _rows(layer: Any, adapter: str) -> Step:
+    rows = layer.trainable_tokens_delta[adapter]
+
+    def apply(weight: Tensor, _: Tensor, exact: bool) -> Tensor:  # noqa: ARG001
+        return replace_rows(weight, layer.token_indices[adapter], rows)
+
+    return Step(layer, adapter, (rows,), apply)
+
+
+def _dora_adapters(layer: Any) -> list[str]:
+    return [name for name, variant in layer.lora_variant.items() if isinstance(variant, _DORA)]
+
+
+def _weight_name(layer: Any) -> str:
+    if isinstance(layer, ParamWrapper):
+        return str(layer.parameter_name)
+    return "in_proj_weight" if isinstance(layer, lora.layer.MultiheadAttention) else "weight"
+
+
+def _is_bnb(layer: Any) -> bool:
+    return type(layer).__module__ == "peft.tuners.lora.bnb"
+
+
+def chain_of(layer: nn.Module) -> tuple[list[BaseTunerLayer], nn.Module]:
+    """Return the adapter layers around one module, innermost first, and the module itself."""
+    chain: list[BaseTunerLayer] = []
+    inner: Any = layer
+    while isinstance(inner, BaseTunerLayer):
+        chain.append(inner)
+        inner = inner.base_layer
+    return chain[::-1], inner

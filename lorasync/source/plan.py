@@ -1,0 +1,160 @@
+"""The plan of a pass: every tensor of the merged model, in `state_dict`'s order, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from lorasync.merge import NEAREST, Nearest, Rounding
+from lorasync.source import layers, replica
+from lorasync.source.base import is_quantized, logical, read, tensor_of, tensors_of
+from lorasync.source.model import submodules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorasync.source.model import Adapters
+
+_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the merged model before transformers' reverse conversion.
+
+    ``name`` is what `merge_and_unload`'s model would call it in memory. ``steps`` is what the adapters do to
+    it, in order; empty for a tensor that no adapter touches. ``general`` is set where PEFT does the merge.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    module: nn.Module
+    attr: str
+    steps: tuple[layers.Step, ...] = ()
+    general: replica.Merge | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter changes this tensor."""
+        return bool(self.steps) or self.general is not None
+
+    @property
+    def held(self) -> Tensor:
+        """The base parameter as the training model holds it."""
+        return tensor_of(self.module, self.attr)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Every parameter that has to be whole while `make` runs."""
+        own = [self.held, *(param for step in self.steps for param in step.params)]
+        return own + (self.general.params() if self.general is not None else [])
+
+    def make(self, dtype: torch.dtype, rounding: Rounding = NEAREST) -> Tensor:
+        """Compute the tensor, rounded once to ``dtype``; it may share memory with the model if untouched."""
+        if not dtype.is_floating_point or not self.adapted:
+            rounding = rounding if self.held.requires_grad else NEAREST
+            return rounding(self.base(), dtype, key=self.name) if dtype.is_floating_point else self.base()
+        return rounding(self.exact(as_peft=isinstance(rounding, Nearest)), dtype, key=self.name)
+
+    def base(self) -> Tensor:
+        """Read the base weight, whole and dequantized; it may share memory with the model."""
+        return read(self.module, self.attr, name=self.name)
+
+    def exact(self, *, as_peft: bool = False) -> Tensor:
+        """Merge without the last rounding; ``as_peft`` keeps the roundings that PEFT does on the way."""
+        base = weight = self.base()
+        if self.general is not None:
+            return self.general.run(base, self.attr)
+        between = as_peft and not is_quantized(self.held)
+        if not as_peft:
+            base = weight = base.to(torch.promote_types(base.dtype, torch.float32))
+        for index, step in enumerate(self.steps):
+            if index and between:
+                weight = weight.to(base.dtype)
+            weight = step.apply(weight, base, not as_peft)
+        return weight
+
+
+def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:
+    """List every tensor of the merged model.
+
+    Args:
+        base: The base model with the adapter layers in it.
+        adapters: The adapters to merge; ``None`` means each layer's active ones.
+
+    Raises:
+        UnmergeableError: An adapter has no merged form.
+    """
+    return list(_Walk(adapters, _int8_dtype(base)).module(base, ""))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    adapters: Adapters
+    int8_dtype: torch.dtype
+
+    def module(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
+        if isinstance(module, BaseTunerLayer):
+            yield from self._tuner(module, prefix)
+            return
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from self.module(self._live(module), prefix)
+            return
+        for name in _TRANSPARENT:
+            if name in module._modules:
+                yield from self.module(getattr(module, name), prefix)
+                return
+        yield from self._own(module, prefix, [])
+        yield from self._children(module, prefix)
+
+    def _tuner(self, layer: BaseTunerLayer, prefix: str) -> Iterator[Slot]:
+        chain, inner = layers.chain_of(layer)
+        merged = [(each, name) for each in chain for name in layers.active(each, self.adapters)]
+        for each, name in merged:
+            layers.refuse(each, name, prefix.removesuffix("."))
+        yield from self._own(inner, prefix, merged)
+        yield from self._children(inner, prefix)
+
+    def _children(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
+        for path, child in submodules(module, prefix):
+            yield from self.module(child, f"{path}.")
+
+    def _own(self, module: nn.Module, prefix: str, merged: list[tuple[Any, str]]) -> Iterator[Slot]:
+        general = [(layer, name) for layer, name in merged if not layers.spelled_out(layer, name)]
+        for attr in tensors_of(module):
+            dtype, shape = logical(module, attr, int8_dtype=self.int8_dtype)
+            slot = Slot(prefix + attr, dtype, shape, module, attr)
+            if general:
+                yield _general(slot, merged)
+            else:
+                steps = tuple(step for layer, name in merged for step in layers.steps(layer, name, attr))
+                yield Slot(slot.name, dtype, shape, module, attr, steps)
+
+    def _live(self, wrapper: Any) -> nn.Module:
+        """The module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            adapter: nn.Module = wrapper.token_adapter
+            return adapter
+        for name in wrapper.active_adapters if self.adapters is None else self.adapters:
+            if name in wrapper.modules_to_save:
+                saved: nn.Module = wrapper.modules_to_save[name]
+                return saved
+        original: nn.Module = wrapper.original_module
+        return original
+
+
+def _general(slot: Slot, merged: list[tuple[Any, str]]) -> Slot:
+    merge = replica.Merge(tuple(layer for layer, _ in merged), tuple(name for _, name in merged), slot.name)
+    return Slot(slot.name, slot.dtype, slot.shape, slot.module, slot.attr, (), merge)
+
+
+def _int8_dtype(base: nn.Module) -> torch.dtype:
+    """What 8-bit weights are served as: the dtype that the model was loaded in."""
+    dtype = getattr(getattr(base, "config", None), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float16

@@ -1,0 +1,118 @@
+"""PEFT's own merge, run on a copy of one module: for every method that `layers` does not spell out."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasync.errors import UnmergeableError
+
+_CONTAINERS = (dict, list, set)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The merge of one module by PEFT's own code; the module that the trainer uses is only read.
+
+    ``layers`` and ``adapters`` are pairs: which layer merges which adapter, in order.
+    """
+
+    layers: tuple[Any, ...]
+    adapters: tuple[str, ...]
+    name: str
+
+    def params(self) -> list[Tensor]:
+        """List every parameter of the module, adapters and base."""
+        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
+
+    def run(self, base: Tensor, attr: str) -> Tensor:
+        """Merge and return the base layer's ``attr``.
+
+        Args:
+            base: What ``attr`` holds now, whole and dequantized.
+            attr: The parameter's name in the base layer.
+
+        Raises:
+            UnmergeableError: PEFT can't merge it either; its reason is quoted.
+        """
+        outermost = self.layers[-1]
+        memo: dict[int, Any] = {}
+        copied = _replicate(outermost, memo)
+        inner = copied.get_base_layer()
+        if _is_packed(inner):
+            _make_plain(copied, inner, base, attr, self.name)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for layer, adapter in zip(self.layers, self.adapters, strict=True):
+                    memo[id(layer)].merge(adapter_names=[adapter])
+        except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+            raise UnmergeableError(
+                f"{self.name}: got {type(outermost).__module__}.{type(outermost).__name__}, which PEFT can't "
+                f"merge ({error}). Serve the adapter through PEFT, or train a method that merges."
+            ) from error
+        merged: Tensor = getattr(outermost_base(copied), attr)
+        return merged.detach()
+
+
+def outermost_base(layer: Any) -> nn.Module:
+    """Return the base layer, which some methods replace while merging."""
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def _replicate(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Copy a module with its tensors, but without its hooks: what they hold (an engine, say) stays behind."""
+    if id(module) in memo:
+        return memo[id(module)]
+    twin = memo[id(module)] = module.__class__.__new__(module.__class__)
+    for name, value in module.__dict__.items():
+        twin.__dict__[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    for hooks in [name for name in twin.__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
+        twin.__dict__[hooks] = type(twin.__dict__[hooks])()
+    twin.__dict__["_parameters"] = {k: _copied(p, memo) for k, p in module._parameters.items()}
+    twin.__dict__["_buffers"] = {k: _copied(b, memo) for k, b in module._buffers.items()}
+    twin.__dict__["_modules"] = {
+        k: None if child is None else _replicate(child, memo) for k, child in module._modules.items()
+    }
+    return twin
+
+
+def _copied(tensor: Tensor | None, memo: dict[int, Any]) -> Any:
+    if tensor is None or id(tensor) in memo:
+        return None if tensor is None else memo[id(tensor)]
+    if hasattr(tensor, "quant_state") or type(tensor).__name__ == "Int8Params":
+        twin: Any = tensor  # replaced by a plain one before anything runs
+    else:
+        twin = tensor.detach().clone()
+        twin = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    memo[id(tensor)] = twin
+    return twin
+
+
+def _is_packed(base: nn.Module) -> bool:
+    return type(base).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def _make_plain(layer: Any, base: Any, weight: Tensor, attr: str, name: str) -> None:
+    """Let a copy that adapts a quantized layer adapt a plain one with the same values instead."""
+    kind = type(layer)
+    package = kind.__module__.rpartition(".")[0]
+    plain = {"SVDLinear4bit": "SVDLinear", "SVDLinear8bitLt": "SVDLinear"}.get(kind.__name__, "Linear")
+    twin = getattr(importlib.import_module(f"{package}.layer"), plain, None)
+    if twin is None:
+        raise UnmergeableError(
+            f"{name}: got {kind.__name__} of {package} on a quantized base, which has no plain twin."
+        )
+    linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone() if attr == "weight" else base.weight, requires_grad=False)
+    linear.bias = base.bias
+    layer.__class__ = twin
+    layer.__dict__.setdefault("fan_in_fan_out", False)
+    layer._modules["base_layer"] = linear
