@@ -1,6 +1,24 @@
-"""Sources: what travels to the engine. `MergedSource` streams merged weights out of the training model."""
+"""Sources of weights: merged ones (`MergedSource`) or only what was trained (`FactorSource`)."""
 
+from lorasync.source.factors import (
+    FactorBias,
+    FactorModule,
+    FactorRows,
+    FactorSaved,
+    FactorSource,
+    FactorSpec,
+)
 from lorasync.source.merged import MergedSource, ParamMeta
 from lorasync.source.model import unwrap
 
-__all__ = ["MergedSource", "ParamMeta", "unwrap"]
+__all__ = [
+    "FactorBias",
+    "FactorModule",
+    "FactorRows",
+    "FactorSaved",
+    "FactorSource",
+    "FactorSpec",
+    "MergedSource",
+    "ParamMeta",
+    "unwrap",
+]

@@ -138,11 +138,29 @@ def _dequantize_4bit(tensor: Tensor, name: str) -> Tensor:
 def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
+    scales = _scales_of(module, tensor, name)
+    weight: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
+    return weight
+
+
+def _scales_of(module: nn.Module, tensor: Any, name: str) -> Tensor:
     state: Any = getattr(module, "state", None)
-    scales = tensor.SCB if getattr(tensor, "SCB", None) is not None else getattr(state, "SCB", None)
+    scales: Tensor | None = (
+        tensor.SCB if getattr(tensor, "SCB", None) is not None else getattr(state, "SCB", None)
+    )
     if scales is None:
         raise AdapterError(
             f"{name}: got an int8 weight without its scales (SCB). Move the model to its device first."
         )
-    weight: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
-    return weight
+    return scales
+
+
+def packed(module: nn.Module, attr: str, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a quantized weight as bitsandbytes would save it, under the checkpoint name ``name``; copies."""
+    tensor: Any = tensor_of(module, attr)
+    yield name, tensor.detach().clone()
+    if is_4bit(tensor):
+        state = _quant_state(tensor, name).as_dict(packed=True)
+        yield from ((f"{name}.{key}", value.detach().clone()) for key, value in state.items())
+    else:
+        yield f"{name.removesuffix('weight')}SCB", _scales_of(module, tensor, name).detach().clone()

@@ -34,39 +34,27 @@ class FiniteCheck:
     _seen: dict[int, tuple[int, int, float]] = field(default_factory=dict)
 
     def __call__(self, slots: Iterable[Slot], dtype: torch.dtype | None) -> None:
-        """Check what these slots are made of.
+        """Check what these slots are made of, and that their merge fits ``dtype``.
 
         Raises:
             NonFiniteError: With the name of every bad tensor.
         """
         slots = list(slots)
-        names, peaks = self._peaks(slots)
-        sharded = any(is_sharded(param) for slot in slots for param in slot.params)
-        peaks = _everywhere(peaks) if sharded else peaks
-        bad = [name for name, peak in zip(names, peaks, strict=True) if not math.isfinite(peak)]
-        if not bad:
-            bad = [
-                slot.name
-                for slot in slots
-                if _may_overflow(slot, dtype, dict(zip(names, peaks, strict=True)))
-            ]
-        if bad:
-            listing = "\n  ".join(bad[:_SHOWN]) + (
-                f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            )
-            raise NonFiniteError(
-                f"{len(bad)} tensors: got NaN or Inf, expected finite values. Nothing was sent. Go back to "
-                "the last good adapter (did the loss diverge?), or pass check_finite=False if you know better."
-                f"\n  {listing}"
-            )
+        peaks = self.inputs([named for slot in slots for named in _inputs(slot)])
+        _refuse([slot.name for slot in slots if _may_overflow(slot, dtype, peaks)])
 
-    def _peaks(self, slots: list[Slot]) -> tuple[list[str], list[float]]:
-        names, peaks = [], []
-        for slot in slots:
-            for name, tensor in _inputs(slot):
-                names.append(name)
-                peaks.append(self._peak(tensor))
-        return names, peaks
+    def inputs(self, named: list[tuple[str, Tensor]]) -> dict[str, float]:
+        """Check tensors as they are and return the largest absolute value of each.
+
+        Raises:
+            NonFiniteError: With the name of every bad tensor.
+        """
+        peaks = [self._peak(tensor) for _, tensor in named]
+        if any(is_sharded(tensor) for _, tensor in named):
+            peaks = _everywhere(peaks)
+        found = dict(zip([name for name, _ in named], peaks, strict=True))
+        _refuse([name for name, peak in found.items() if not math.isfinite(peak)])
+        return found
 
     def _peak(self, tensor: Tensor) -> float:
         if tensor.requires_grad:
@@ -77,6 +65,17 @@ class FiniteCheck:
             peak = _peak(tensor)
             self._seen[id(tensor)] = (local._version, local.data_ptr(), peak)
         return peak
+
+
+def _refuse(bad: list[str]) -> None:
+    if bad:
+        more = f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise NonFiniteError(
+            f"{len(bad)} tensors: got NaN or Inf, expected finite values. Nothing was sent. Go back to the "
+            "last good adapter (did the loss diverge?), or pass check_finite=False if you know better.\n  "
+            + "\n  ".join(bad[:_SHOWN])
+            + more
+        )
 
 
 def _inputs(slot: Slot) -> list[tuple[str, Tensor]]:

@@ -17,15 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lorasync.errors import UnmergeableError
-from lorasync.merge import (
-    add_delta,
-    conv_delta,
-    embedding_delta,
-    expert_delta,
-    lora_delta,
-    merge_dora,
-    replace_rows,
-)
+from lorasync.merge import LowRank, merge_low_rank, replace_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,12 +38,18 @@ _NEVER = {
 
 @dataclass(frozen=True)
 class Step:
-    """One adapter's effect on one weight: `apply` takes the weight so far and the untouched one."""
+    """One adapter's effect on one weight.
+
+    ``apply`` takes the weight so far, the untouched one, and whether to skip the roundings that PEFT does.
+    ``how`` is set for a low-rank merge, ``rows`` for trained tokens; a step without either adds to a bias.
+    """
 
     layer: BaseTunerLayer
     adapter: str
     params: tuple[Tensor, ...]
     apply: Callable[[Tensor, Tensor, bool], Tensor]
+    how: LowRank | None = None
+    rows: tuple[int, ...] = ()
 
 
 def active(layer: Any, adapters: Adapters) -> list[str]:
@@ -80,7 +78,7 @@ def steps(layer: BaseTunerLayer, adapter: str, attr: str) -> Iterator[Step]:
         if attr == "weight":
             yield _rows(layer, adapter)
     elif attr == _weight_name(layer):
-        yield _dora(layer, adapter) if adapter in _dora_adapters(layer) else _plain(layer, adapter)
+        yield low_rank_step(layer, adapter)
     elif attr == "bias" and layer.lora_bias.get(adapter):
         yield _bias(layer, adapter)
 
@@ -107,49 +105,44 @@ def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> No
         )
 
 
-def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+def factors(layer: Any, adapter: str) -> tuple[Tensor, ...]:
     """Return A and B of a LoRA layer as PEFT holds them."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def delta_of(layer: Any, adapter: str, *, exact: bool = False) -> Tensor:
-    """Compute s·B·A of a LoRA layer in the layout of the weight."""
-    a, b = factors(layer, adapter)
-    scaling = layer.scaling[adapter]
+def low_rank(layer: Any, adapter: str) -> LowRank:
+    """Describe one adapter of a LoRA layer for `lorasync.merge.merge_low_rank`."""
+    kind, transposed, experts = "linear", bool(getattr(layer, "fan_in_fan_out", False)), 1
     if isinstance(layer, lora.Embedding):
-        return embedding_delta(a, b, scaling, exact=exact)
-    if isinstance(layer, _ConvNd):
-        return conv_delta(a, b, scaling, exact=exact)
-    if isinstance(layer, ParamWrapper):
-        transposed = not layer._did_swap_in_out_features
-        return expert_delta(a, b, scaling, experts=layer.num_experts, transposed=transposed, exact=exact)
-    fan_in_fan_out = bool(getattr(layer, "fan_in_fan_out", False))
-    return lora_delta(a, b, scaling, fan_in_fan_out=fan_in_fan_out, exact=exact or _is_bnb(layer))
+        kind = "embedding"
+    elif isinstance(layer, _ConvNd):
+        kind = "conv"
+    elif isinstance(layer, ParamWrapper):
+        kind, transposed, experts = "experts", not layer._did_swap_in_out_features, layer.num_experts
+    return LowRank(
+        kind=kind,
+        scaling=float(layer.scaling[adapter]),
+        transposed=transposed,
+        experts=experts,
+        dora=adapter in _dora_adapters(layer),
+        cast_first=isinstance(layer, lora.Embedding | lora.layer.MultiheadAttention | ParamWrapper),
+        exact=_is_bnb(layer),
+    )
 
 
-def _plain(layer: Any, adapter: str) -> Step:
-    casts_first = isinstance(layer, lora.Embedding | lora.layer.MultiheadAttention | ParamWrapper)
-
-    def apply(weight: Tensor, _: Tensor, exact: bool) -> Tensor:
-        delta = delta_of(layer, adapter, exact=exact)
-        if casts_first and not exact and weight.device.type == "cpu":
-            delta = delta.to(weight.dtype)
-        return add_delta(weight, delta, reuse=True)
-
-    return Step(layer, adapter, factors(layer, adapter), apply)
-
-
-def _dora(layer: Any, adapter: str) -> Step:
-    magnitude = layer.lora_magnitude_vector[adapter].weight
-    flipped = isinstance(layer, lora.Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
+def low_rank_step(layer: Any, adapter: str) -> Step:
+    """Say what a LoRA or DoRA does to its weight."""
+    how = low_rank(layer, adapter)
+    params = factors(layer, adapter)
+    if how.dora:
+        params = (*params, layer.lora_magnitude_vector[adapter].weight)
 
     def apply(weight: Tensor, base: Tensor, exact: bool) -> Tensor:
-        delta = delta_of(layer, adapter, exact=exact).to(weight.device)
-        return merge_dora(weight, delta, magnitude, norm_base=base, out_dim=int(flipped))
+        return merge_low_rank(how, weight, *params, norm_base=base, exact=exact)
 
-    return Step(layer, adapter, (*factors(layer, adapter), magnitude), apply)
+    return Step(layer, adapter, params, apply, how=how)
 
 
 def _bias(layer: Any, adapter: str) -> Step:
@@ -165,11 +158,12 @@ def _bias(layer: Any, adapter: str) -> Step:
 
 def _rows(layer: Any, adapter: str) -> Step:
     rows = layer.trainable_tokens_delta[adapter]
+    indices = tuple(int(index) for index in layer.token_indices[adapter])
 
     def apply(weight: Tensor, _: Tensor, exact: bool) -> Tensor:  # noqa: ARG001
-        return replace_rows(weight, layer.token_indices[adapter], rows)
+        return replace_rows(weight, indices, rows)
 
-    return Step(layer, adapter, (rows,), apply)
+    return Step(layer, adapter, (rows,), apply, rows=indices)
 
 
 def _dora_adapters(layer: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from lorasync.merge import NEAREST, DeltaSurvival, Rounding, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.finite import FiniteCheck
 from lorasync.source.model import base_of, pick_adapters, unwrap
-from lorasync.source.plan import Slot, slots
+from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.ties import check_updates, untied
 from lorasync.zero import gathered
 
@@ -165,17 +164,11 @@ class MergedSource:
 
 def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[tuple[list[Group], list[Tensor]]]:
     """Cut the stream into decoder layers: what is gathered at once, with the parameters of each."""
-    for _, members in groupby(groups, key=_layer):
-        block = list(members)
+    by_first = {group.members[0]: group for group in groups}
+    for names in blocks(list(by_first)):
+        block = [by_first[name] for name in names]
         params = [param for group in block for name in group.members for param in found[name].params]
         yield block, list({id(param): param for param in params}.values())
-
-
-def _layer(group: Group) -> tuple[str, ...]:
-    """The path up to its first number (`model.layers.3`), or the whole name where there is none."""
-    path = group.members[0].split(".")
-    numbers = [index for index, segment in enumerate(path) if segment.isdigit()]
-    return tuple(path[: numbers[0] + 1] if numbers else path)
 
 
 def _own(tensor: Tensor, held: set[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,19 @@ class Slot:
                 weight = weight.to(base.dtype)
             weight = step.apply(weight, base, not as_peft)
         return weight
+
+
+def blocks(names: list[str]) -> Iterator[list[str]]:
+    """Cut a stream of names into decoder layers: what is gathered at once."""
+    for _, members in groupby(names, key=_layer):
+        yield list(members)
+
+
+def _layer(name: str) -> tuple[str, ...]:
+    """The path up to its first number (`model.layers.3`), or the whole name where there is none."""
+    path = name.split(".")
+    numbers = [index for index, segment in enumerate(path) if segment.isdigit()]
+    return tuple(path[: numbers[0] + 1] if numbers else path)
 
 
 def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:

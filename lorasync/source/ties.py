@@ -33,13 +33,26 @@ def untied(base: nn.Module, slots: list[Slot], *, untie: bool) -> list[Slot]:
     """
     if untie:
         return slots
-    groups = _groups(slots)
-    broken = [m for group in groups for m in _disagreements(group, _alike)]
-    broken += _severed(base, {slot.name: slot for slot in slots})
-    _raise(broken)
-    patterns = _declared(base)
-    dropped = {name for group in groups for name in _duplicates(group, patterns)}
+    _raise(conflicts(base, slots))
+    dropped = tied_to(base, slots)
     return [slot for slot in slots if slot.name not in dropped]
+
+
+def tied_to(base: nn.Module, slots: list[Slot]) -> dict[str, str]:
+    """Map each name that the checkpoint does not store to the one that stands for it."""
+    patterns = _declared(base)
+    tied = {}
+    for group in _groups(slots):
+        dropped = _duplicates(group, patterns)
+        kept = next(slot.name for slot in group if slot.name not in dropped)
+        tied.update(dict.fromkeys(dropped, kept))
+    return tied
+
+
+def conflicts(base: nn.Module, slots: list[Slot]) -> list[Mismatch]:
+    """List the ties that a merge would break, by their structure alone; nothing is gathered."""
+    broken = [m for group in _groups(slots) for m in _disagreements(group, _alike)]
+    return broken + _severed(base, {slot.name: slot for slot in slots})
 
 
 def check_updates(slots: list[Slot]) -> None:

@@ -1,0 +1,374 @@
+"""`FactorSource`: only what was trained, in the names of PEFT's checkpoint, and what a receiver must know."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+
+from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
+from lorasync.merge import LowRank
+from lorasync.names import CheckpointLayout
+from lorasync.source.base import is_4bit, is_8bit, packed
+from lorasync.source.finite import FiniteCheck
+from lorasync.source.merged import ParamMeta
+from lorasync.source.model import base_of, pick_adapters, unwrap
+from lorasync.source.plan import Slot, blocks, slots
+from lorasync.source.ties import conflicts, tied_to
+from lorasync.zero import full_shape, gathered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from lorasync.source.layers import Step
+
+# Inits that change the base weights when the adapter is made (PEFT's `init_lora_weights`).
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq", "kasa")
+
+
+@dataclass(frozen=True)
+class FactorModule:
+    """One weight with a low-rank update.
+
+    ``weight`` is the base parameter's checkpoint name; where the checkpoint stores it in pieces (experts
+    that are fused in memory), ``weight`` is its name in memory and ``pieces`` are the checkpoint's.
+    ``a``, ``b`` and
+    ``magnitude`` are names in the stream. ``dtype``, ``shape`` and ``base`` ("plain", "nf4", "fp4", "int8")
+    describe the base weight that was trained on.
+    """
+
+    weight: str
+    pieces: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    base: str
+    r: int
+    a: str
+    b: str
+    magnitude: str | None
+    how: LowRank
+
+    @property
+    def kind(self) -> str:
+        """What A and B look like: linear, embedding, conv or experts."""
+        return self.how.kind
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied by."""
+        return self.how.scaling
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether a linear weight is stored as (in, out)."""
+        return self.how.kind == "linear" and self.how.transposed
+
+    @property
+    def dora(self) -> bool:
+        """Whether the merged rows are scaled to a trained magnitude."""
+        return self.how.dora
+
+
+@dataclass(frozen=True)
+class FactorBias:
+    """A trained ``lora_B`` bias: ``scaling`` times the tensor is added to the base's bias."""
+
+    weight: str
+    tensor: str
+    scaling: float
+
+
+@dataclass(frozen=True)
+class FactorRows:
+    """Trained tokens: these rows of ``weight`` are replaced by the rows of ``tensor``."""
+
+    weight: str
+    tensor: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FactorSaved:
+    """A tensor that was trained whole: it replaces ``weight``."""
+
+    weight: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """Everything but the tensors that a receiver needs, to merge the adapter or to serve it; JSON data.
+
+    ``config`` is PEFT's adapter config, as in `adapter_config.json`. ``ties`` maps a weight that is not in the
+    checkpoint to the one that stands for it; where such a weight has a module of its own here, its update
+    must equal the other's, or a merge would untie them: a merging receiver compares. ``conflicts`` says why a
+    merge would untie weights whatever the values are; serving the adapter is unaffected. ``base_changed_by``
+    names the init that changed the base weights, so that the adapter does not belong to the published base.
+    """
+
+    adapter: str
+    config: dict[str, Any]
+    modules: tuple[FactorModule, ...]
+    biases: tuple[FactorBias, ...]
+    rows: tuple[FactorRows, ...]
+    saved: tuple[FactorSaved, ...]
+    ties: dict[str, str]
+    conflicts: tuple[str, ...]
+    base_changed_by: str | None
+
+    def to_json(self) -> str:
+        """Write the spec as JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> FactorSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is no spec, or one of another version of lorasync.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+            raise ValueError(
+                "FactorSpec: got other fields than expected. Do both sides run the same lorasync?"
+            )
+        parts = {"modules": _module, "biases": _bias, "rows": _rows, "saved": _saved}
+        read = {key: tuple(make(each) for each in data[key]) for key, make in parts.items()}
+        return cls(**{**data, **read, "conflicts": tuple(data["conflicts"])})
+
+
+def _module(data: dict[str, Any]) -> FactorModule:
+    how = LowRank(**data["how"])
+    return FactorModule(
+        **{**data, "pieces": tuple(data["pieces"]), "shape": tuple(data["shape"]), "how": how}
+    )
+
+
+def _bias(data: dict[str, Any]) -> FactorBias:
+    return FactorBias(**data)
+
+
+def _rows(data: dict[str, Any]) -> FactorRows:
+    return FactorRows(**{**data, "rows": tuple(data["rows"])})
+
+
+def _saved(data: dict[str, Any]) -> FactorSaved:
+    return FactorSaved(**data)
+
+
+class FactorSource:
+    """The trained tensors of one adapter, one at a time, named as in PEFT's `adapter_model.safetensors`.
+
+    Only adapter parameters are read; under ZeRO-3 and FSDP2 only they are gathered, one decoder layer at a
+    time. A yielded tensor is the consumer's own. Unlike with `save_pretrained`, frozen embeddings of the
+    base never travel along.
+
+    Args:
+        model: A PEFT model with a LoRA adapter, or DeepSpeed's engine or DDP around one.
+        adapter: Which adapter; ``None`` means the active one.
+        check_finite: Refuse NaN and Inf before anything is yielded.
+
+    Raises:
+        AdapterError: No adapter, not this one, several active ones, or one merged in place or disabled.
+        UnmergeableError: The adapter is no LoRA: there are no factors to send.
+        MismatchError: Tensors don't have the rank that the layer says.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6))
+        >>> source = FactorSource(get_peft_model(model, LoraConfig(r=2, target_modules=["0"])))
+        >>> {name: tuple(tensor.shape) for name, tensor in source}
+        {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (6, 2)}
+        >>> source.spec().modules[0].weight
+        '0.weight'
+    """
+
+    def __init__(self, model: Any, *, adapter: str | None = None, check_finite: bool = True) -> None:
+        self.model: nn.Module = unwrap(model)
+        self.adapter = adapter
+        self.check_finite = check_finite
+        self._finite = FiniteCheck()
+        self.spec()
+
+    def metadata(self) -> list[ParamMeta]:
+        """Say what iteration will yield, in its order; nothing is gathered."""
+        return [ParamMeta(name, t.dtype, tuple(full_shape(t))) for name, t in self._tensors().items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(name, tensor)`; a fresh pass each time.
+
+        Raises:
+            NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
+        """
+        tensors = self._tensors()
+        if self.check_finite:
+            self._finite.inputs(list(tensors.items()))
+        for names in blocks(list(tensors)):
+            with gathered([tensors[name] for name in names]):
+                for name in names:
+                    yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def spec(self) -> FactorSpec:
+        """Describe the adapter for its receiver; nothing is gathered."""
+        adapter = self._adapter()
+        wire = {id(tensor): name for name, tensor in self._tensors().items()}
+        base = base_of(self.model)
+        found = slots(base, (adapter,))
+        ties, broken = tied_to(base, found), conflicts(base, found)
+        builder = _Builder(wire, _checkpoint_names(base, found))
+        for slot in found:
+            builder.add(slot, shared=slot.name in ties)
+        if builder.wrong:
+            raise MismatchError("The adapter's tensors don't fit its layers.", builder.wrong)
+        config = json.loads(json.dumps(_config(self.model, adapter).to_dict(), default=_plain))
+        return FactorSpec(
+            adapter=adapter,
+            config=config,
+            modules=tuple(builder.modules),
+            biases=tuple(builder.biases),
+            rows=tuple(builder.rows),
+            saved=tuple(builder.saved),
+            ties=ties,
+            conflicts=tuple(str(mismatch) for mismatch in broken),
+            base_changed_by=_mutating_init(config),
+        )
+
+    def packed_base(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the quantized base weights that the adapter was trained on, still packed.
+
+        Names are those of a bitsandbytes checkpoint (`….weight`, `….weight.absmax`, …), so that
+        `bitsandbytes.functional.QuantState.from_dict` reads them; for int8 `….weight` and `….SCB`.
+        """
+        base = base_of(self.model)
+        found = slots(base, (self._adapter(),))
+        names = _checkpoint_names(base, found)
+        for slot in found:
+            if is_4bit(slot.held) or is_8bit(slot.held):
+                with gathered([slot.held]):
+                    yield from packed(slot.module, slot.attr, names[slot.name][0] or slot.name)
+
+    def _adapter(self) -> str:
+        chosen = pick_adapters(self.model, self.adapter)
+        names = chosen if chosen is not None else _active(self.model)
+        if len(names) != 1:
+            raise AdapterError(
+                f"adapter: got {list(names)} active, expected one. Name it: FactorSource(model, adapter=…). "
+                "To push several as one, combine them with add_weighted_adapter or use MergedSource."
+            )
+        kind = _config(self.model, names[0]).peft_type
+        if str(getattr(kind, "value", kind)) not in ("LORA", "TRAINABLE_TOKENS"):
+            raise UnmergeableError(
+                f"adapter {names[0]!r}: got {kind}, expected LoRA: there are no factors to send. "
+                "Use MergedSource, which merges every method that PEFT can merge."
+            )
+        return names[0]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors under their names in PEFT's checkpoint: PEFT itself picks and renames."""
+        held: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        held.update(self.model.named_buffers(remove_duplicate=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picked: dict[str, Tensor] = get_peft_model_state_dict(
+                self.model, state_dict=held, adapter_name=self._adapter(), save_embedding_layers=False
+            )
+        prefix = "" if isinstance(self.model, PeftModel) else "base_model.model."
+        return {prefix + name: tensor for name, tensor in picked.items()}
+
+
+class _Builder:
+    """Collects the spec's entries slot by slot."""
+
+    def __init__(self, wire: dict[int, str], names: dict[str, tuple[str, ...]]) -> None:
+        self.wire = wire
+        self.names = names
+        self.modules: list[FactorModule] = []
+        self.biases: list[FactorBias] = []
+        self.rows: list[FactorRows] = []
+        self.saved: list[FactorSaved] = []
+        self.wrong: list[Mismatch] = []
+
+    def add(self, slot: Slot, *, shared: bool) -> None:
+        """Add a slot's entries; a shared tensor (a tied alias, with tied rows) has them elsewhere already."""
+        if slot.general is not None:
+            raise UnmergeableError(
+                f"{slot.name}: got a variant of LoRA without plain factors, expected LoRA or DoRA. "
+                "Use MergedSource."
+            )
+        name = self._name(slot)
+        if id(slot.held) in self.wire and not shared:
+            self.saved.append(FactorSaved(name, self.wire[id(slot.held)]))
+        for step in slot.steps:
+            wires = [self.wire[id(param)] for param in step.params]
+            if step.how is not None:
+                self._low_rank(slot, step, step.how, wires)
+            elif step.rows and not shared:
+                self.rows.append(FactorRows(name, wires[0], step.rows))
+            elif not step.rows:
+                layer: Any = step.layer
+                self.biases.append(FactorBias(name, wires[0], float(layer.scaling[step.adapter])))
+
+    def _name(self, slot: Slot) -> str:
+        return self.names[slot.name][0] or slot.name
+
+    def _low_rank(self, slot: Slot, step: Step, how: LowRank, wires: list[str]) -> None:
+        layer: Any = step.layer
+        r = int(layer.r[step.adapter])
+        rank = full_shape(step.params[0])[0]
+        if rank != r * how.experts:
+            fix = "The adapter's config and its tensors disagree: reload or retrain it."
+            self.wrong.append(Mismatch(wires[0], f"rank {rank}", f"rank {r * how.experts}", fix))
+        pieces = self.names[slot.name][1:]
+        self.modules.append(
+            FactorModule(
+                weight=self._name(slot),
+                pieces=pieces,
+                dtype=str(slot.dtype).removeprefix("torch."),
+                shape=slot.shape,
+                base=_base_kind(slot.held),
+                r=r,
+                a=wires[0],
+                b=wires[1],
+                magnitude=wires[2] if how.dora else None,
+                how=how,
+            )
+        )
+
+
+def _checkpoint_names(base: nn.Module, found: list[Slot]) -> dict[str, tuple[str, ...]]:
+    """Each slot's name in the checkpoint; where values are converted, an empty one and then the pieces."""
+    metas = {slot.name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for slot in found}
+    names: dict[str, tuple[str, ...]] = {}
+    for group in CheckpointLayout(base).groups(metas):
+        outputs = tuple(name for name, _, _ in group.outputs)
+        names.update(dict.fromkeys(group.members, outputs if group.renamed else ("", *outputs)))
+    return names
+
+
+def _base_kind(tensor: Tensor) -> str:
+    held: Any = tensor
+    return str(held.quant_type) if is_4bit(tensor) else "int8" if is_8bit(tensor) else "plain"
+
+
+def _config(model: Any, adapter: str) -> Any:
+    return model.peft_config[adapter]
+
+
+def _active(model: Any) -> tuple[str, ...]:
+    active = model.active_adapters
+    return tuple(active() if callable(active) else active)
+
+
+def _mutating_init(config: dict[str, Any]) -> str | None:
+    init = config.get("init_lora_weights")
+    return init if isinstance(init, str) and init.lower().startswith(_MUTATING) else None
+
+
+def _plain(value: object) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
