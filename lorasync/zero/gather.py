@@ -120,8 +120,8 @@ def _as_list(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     for index, param in enumerate(wanted):
         if not isinstance(param, Tensor):
             raise TypeError(
-                f"gathered(): got {type(param).__name__} at position {index}, expected tensors. "
-                "Pass parameters, not names: gathered(module.parameters())."
+                f"gathered(): got {type(param).__name__} at position {index}, expected tensors. Pass "
+                "parameters, not names: gathered(module.parameters())."
             )
     return wanted
 
@@ -130,14 +130,12 @@ def _check_free(sharded: list[Tensor]) -> None:
     if any(id(p) in _held for p in sharded):
         raise UngatheredError(
             "gathered(): some of these parameters are already held by an enclosing gathered(), expected "
-            "none. "
-            "Gather once, outside, or close the outer context first."
+            "none. Gather once, outside, or close the outer context first."
         )
     if any(_is_zero3(p) and _status(p) == "INFLIGHT" for p in sharded):
         raise UngatheredError(
             "gathered(): a parameter is being fetched (ds_status INFLIGHT), expected a moment between two "
-            "steps. "
-            "Call it after engine.step(), outside of forward and backward."
+            "steps. Call it after engine.step(), outside of forward and backward."
         )
 
 
@@ -191,9 +189,8 @@ def _read_only(params: list[Tensor]) -> Iterator[None]:
     if changed:
         raise UngatheredError(
             f"gathered(): {len(changed)} of {len(params)} sharded parameters were written inside the "
-            "context, "
-            "expected reads only: each rank keeps its old shard and the write is lost. To change weights use "
-            "deepspeed.zero.GatheredParameters(params, modifier_rank=0)."
+            "context, expected reads only: each rank keeps its old shard and the write is lost. To change "
+            "weights use deepspeed.zero.GatheredParameters(params, modifier_rank=0)."
         )
 
 
@@ -233,8 +230,7 @@ def _rendezvous(ranks: tuple[int, ...], mine: str, timeout: float) -> None:
         store.set(keys[me], f"gave up after {timeout:g} s")
         raise SyncTimeoutError(
             f"gathered(): rank {me} waited {timeout:g} s, ranks {missing} did not arrive. Gathering is "
-            "collective: "
-            "call it on every rank, not under `if rank == 0`."
+            "collective: call it on every rank, not under `if rank == 0`."
         ) from error
     answers = {rank: store.get(key).decode() for rank, key in keys.items()}
     _forget(store, ranks, number - 2, me)

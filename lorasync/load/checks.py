@@ -1,0 +1,176 @@
+"""What can be known to be wrong before a byte of a checkpoint is read; each check gives one clear error."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import Version
+
+from lorasync.errors import LoadError
+from lorasync.memory import Weights, available_bytes, human
+from lorasync.presets import QuantPreset
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PretrainedConfig
+
+_OLDEST_BITSANDBYTES = "0.46.1"
+
+
+def check_bitsandbytes() -> None:
+    try:
+        installed = version("bitsandbytes")
+    except PackageNotFoundError:
+        raise LoadError(
+            f"load_quantized(): bitsandbytes is not installed, expected >= {_OLDEST_BITSANDBYTES}. pip "
+            "install 'lorasync[qlora]'"
+        ) from None
+    if Version(installed) < Version(_OLDEST_BITSANDBYTES):
+        raise LoadError(
+            f"load_quantized(): bitsandbytes is {installed}, expected >= {_OLDEST_BITSANDBYTES}. pip "
+            "install -U 'lorasync[qlora]'"
+        )
+
+
+def refuse_device_map(from_pretrained: Mapping[str, Any]) -> None:
+    if from_pretrained.get("device_map") is not None:
+        raise LoadError(
+            f"load_quantized(): got device_map={from_pretrained['device_map']!r}, expected none. A device "
+            "map spreads one copy of the model over devices, which no distributed training can use "
+            "(transformers: "
+            '"DeepSpeed '
+            'Zero-3 is not compatible with passing a device_map"). Leave it out: every rank loads onto '
+            "its own device; device= picks another one."
+        )
+
+
+def read_config(path: str | os.PathLike[str], from_pretrained: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    _check_directory(Path(path), from_pretrained)
+    passed = {k: from_pretrained[k] for k in _CONFIG_KEYS if k in from_pretrained}
+    try:
+        return AutoConfig.from_pretrained(path, **passed)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path}: got no readable config.json ({error_line(error)}), expected a model directory or a "
+            "hub id. Check the spelling; offline (HF_HUB_OFFLINE=1) only local paths and cached models can "
+            "be loaded."
+        ) from error
+
+
+_CONFIG_KEYS = (
+    "revision",
+    "token",
+    "trust_remote_code",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+    "code_revision",
+)
+
+
+def _check_directory(path: Path, from_pretrained: Mapping[str, Any]) -> None:
+    """Recognise the usual wrong paths by what lies there, before transformers gives a longer answer."""
+    if path.suffix == ".gguf" or from_pretrained.get("gguf_file") is not None:
+        raise LoadError(_already_quantized(path, "GGUF"))
+    if not path.is_dir():
+        if path.is_absolute() or str(path).startswith("."):
+            raise LoadError(f"{path}: got no such directory, expected a model directory. Check the path.")
+        return
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise LoadError(
+            f"{path}: got a PEFT adapter, expected a whole model. Load the base model that "
+            "adapter_config.json names (base_model_name_or_path), then PeftModel.from_pretrained(model, "
+            "path, is_trainable=True)."
+        )
+    if any(path.glob("*.gguf")):
+        raise LoadError(_already_quantized(path, "GGUF"))
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:5])
+    raise LoadError(
+        f"{path}: got a directory without config.json (it holds: {found or 'nothing'}), expected a model "
+        "directory. Save one with model.save_pretrained(path)."
+    )
+
+
+def _already_quantized(path: object, method: str) -> str:
+    return (
+        f"{path}: got a checkpoint quantized by {method}, expected an unquantized or a bitsandbytes one. "
+        "Its weights can't be quantized again: load the original 16-bit checkpoint of this model."
+    )
+
+
+def existing_quantization(path: object, config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the bitsandbytes settings of a pre-quantized checkpoint; refuse other methods."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(settings.get("quant_method", "an unknown method")).rpartition(".")[2].lower()
+    if method not in {"bitsandbytes", "bits_and_bytes"}:
+        raise LoadError(_already_quantized(path, method.upper()))
+    return settings
+
+
+def agreed_preset(path: object, preset: QuantPreset, existing: dict[str, Any] | None) -> QuantPreset:
+    """Return what the weights will be in; a pre-quantized checkpoint decides about double quantization."""
+    if not isinstance(preset, QuantPreset):
+        raise LoadError(
+            f"load_quantized(): got preset={preset!r}, expected NF4, FP4 or INT8. Of a training preset pass "
+            "its .quantization."
+        )
+    if existing is None:
+        return preset
+    kind = "int8" if existing.get("load_in_8bit") else str(existing.get("bnb_4bit_quant_type", "fp4"))
+    if kind != preset.quant_type:
+        raise LoadError(
+            f"{path}: got preset {preset.name}, expected {kind.upper()}: the checkpoint was quantized to "
+            f"{kind} already. Pass {kind.upper()}, or load the original 16-bit checkpoint."
+        )
+    return QuantPreset(preset.name, preset.quant_type, bool(existing.get("bnb_4bit_use_double_quant", False)))
+
+
+def agreed_storage(
+    preset: QuantPreset, existing: dict[str, Any] | None, asked: torch.dtype | None
+) -> torch.dtype:
+    if existing is not None and preset.bits == 4:
+        stored = getattr(torch, str(existing.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."))
+        if asked not in (None, stored):
+            raise LoadError(
+                f"load_quantized(): got storage_dtype={dtype_name(asked)}, expected {dtype_name(stored)}: "
+                "the checkpoint is packed in it already. Leave storage_dtype out, or load the original "
+                "16-bit checkpoint."
+            )
+        return stored  # type: ignore[no-any-return]
+    return torch.uint8 if asked is None else asked
+
+
+def check_fits(
+    path: object, weights: Weights, preset: QuantPreset, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compare the quantized model, plus the one tensor that is being quantized, with what the device has."""
+    copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = copies * (weights.bytes(preset, dtype) + weights.largest * dtype.itemsize)
+    free = available_bytes(device)
+    if needed > free:
+        ranks = f" for {copies} ranks on this host" if copies > 1 else ""
+        raise LoadError(
+            f"{path}: got {human(free)} free on {device}, expected {human(needed)}{ranks} ({preset.name}, "
+            f"rest in {dtype_name(dtype)}). Free memory, take a smaller model, or pass check_memory=False "
+            "to try anyway."
+        )
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def error_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,194 @@
+"""A training config in any of its forms, read into the few settings that the guard judges."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lorasync.errors import ZeroIncompatibilityError
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Fsdp2:
+    """Stands for a DeepSpeed config where the model is trained with FSDP2 (`fully_shard`)."""
+
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of a training config matters to the guard.
+
+    ``engine_dtype`` is None where the config says "auto" and nobody has resolved it yet. ``raw`` is the
+    DeepSpeed config as it was given.
+    """
+
+    source: str
+    framework: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    stage: int = 0
+    engine_dtype: torch.dtype | None = torch.float32
+    optimizer_offload: str = "none"
+    param_offload: str = "none"
+    hpz: int = 1
+    quantized_weights: bool = False
+    quantized_nontrainable_weights: bool = False
+    all_reduce_fetch: bool = False
+    auto: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are partitioned over the ranks."""
+        return self.framework == "fsdp2" or self.stage == 3
+
+
+def read_settings(config: Any) -> ZeroSettings:
+    """Read the settings out of a training config.
+
+    Args:
+        config: a DeepSpeed config as a dict or the path of a JSON file; an `HfDeepSpeedConfig`; transformers'
+            `TrainingArguments`; accelerate's `DeepSpeedPlugin` or `FullyShardedDataParallelPlugin` (version
+            2); a DeepSpeed engine; or `Fsdp2`.
+
+    Raises:
+        ZeroIncompatibilityError: the file is missing or no JSON, or the object is none of these.
+
+    Example:
+        >>> read_settings({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}).stage
+        3
+    """
+    if isinstance(config, ZeroSettings):
+        return config
+    if isinstance(config, Fsdp2):
+        return ZeroSettings("FSDP2", framework="fsdp2", engine_dtype=config.dtype)
+    if isinstance(config, Mapping):
+        return _from_dict(config, "a dict")
+    if isinstance(config, (str, os.PathLike)):
+        return _from_dict(_read_json(Path(config)), str(config))
+    if hasattr(config, "per_device_train_batch_size"):
+        return _from_arguments(config)
+    if hasattr(config, "fsdp_version"):
+        return _from_fsdp_plugin(config)
+    if hasattr(config, "hf_ds_config"):
+        return _from_dict(config.hf_ds_config.config, "DeepSpeedPlugin", fallback=_environment_dtype())
+    if hasattr(config, "zero_optimization_stage"):
+        return _from_dict(config.config, "the engine's own config")
+    if hasattr(config, "is_zero3") and hasattr(config, "config"):
+        return _from_dict(config.config, type(config).__name__)
+    raise ZeroIncompatibilityError(
+        f"ds_config: got {type(config).__name__}, expected a DeepSpeed config (dict or path of a JSON "
+        "file), HfDeepSpeedConfig, TrainingArguments, DeepSpeedPlugin, FullyShardedDataParallelPlugin or "
+        "lorasync.zero.Fsdp2()."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ZeroIncompatibilityError(
+            f"ds_config: got {path}, which can't be read ({error.strerror}), expected a JSON file. Check "
+            "the path."
+        ) from error
+    except ValueError as error:
+        raise ZeroIncompatibilityError(
+            f"ds_config: got {path}, which is no JSON ({error}), expected a DeepSpeed config. Correct the "
+            "file."
+        ) from error
+    if not isinstance(found, dict):
+        raise ZeroIncompatibilityError(
+            f"ds_config: got {path} with a {type(found).__name__} in it, expected an object. Correct the "
+            "file."
+        )
+    return found
+
+
+def _from_arguments(arguments: Any) -> ZeroSettings:
+    dtype = _flag_dtype(arguments.bf16, arguments.fp16)
+    resolved = getattr(arguments, "hf_deepspeed_config", None)
+    given = resolved.config if resolved is not None else getattr(arguments, "deepspeed", None)
+    if given:
+        config = _read_json(Path(given)) if isinstance(given, (str, os.PathLike)) else given
+        return _from_dict(config, "TrainingArguments", fallback=dtype)
+    if getattr(arguments, "fsdp", None):
+        return ZeroSettings("TrainingArguments (FSDP)", framework="fsdp2", engine_dtype=dtype)
+    return ZeroSettings("TrainingArguments (no DeepSpeed)", engine_dtype=torch.float32)
+
+
+def _from_fsdp_plugin(plugin: Any) -> ZeroSettings:
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    return ZeroSettings(
+        "FullyShardedDataParallelPlugin",
+        framework="fsdp2",
+        engine_dtype=getattr(policy, "param_dtype", None) or _environment_dtype(),
+    )
+
+
+def _from_dict(config: Mapping[str, Any], source: str, fallback: torch.dtype | None = None) -> ZeroSettings:
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ZeroIncompatibilityError(
+            f"zero_optimization.stage: got {stage!r} in {source}, expected 0, 1, 2 or 3. Correct the config."
+        )
+    return ZeroSettings(
+        source=source,
+        stage=stage,
+        engine_dtype=_engine_dtype(config, fallback),
+        optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload"),
+        param_offload=_offload(zero, "offload_param", "cpu_offload_params"),
+        hpz=_number(zero.get("zero_hpz_partition_size"), 1),
+        quantized_weights=zero.get("zero_quantized_weights") is True,
+        quantized_nontrainable_weights=zero.get("zero_quantized_nontrainable_weights") is True,
+        all_reduce_fetch=zero.get("stage3_use_all_reduce_for_fetch_params") is True,
+        auto=tuple(_auto_keys(config)),
+        raw=config,
+    )
+
+
+def _engine_dtype(config: Mapping[str, Any], fallback: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that DeepSpeed casts parameters to; fp32 means that it casts nothing."""
+    fp16 = (config.get("fp16") or {}).get("enabled", False)
+    bf16 = (config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False)
+    if "auto" in (fp16, bf16) and True not in (fp16, bf16):
+        return fallback
+    if "fp16" not in config and "bf16" not in config and "bfloat16" not in config and fallback is not None:
+        return fallback
+    return _flag_dtype(bf16 is True, fp16 is True)
+
+
+def _flag_dtype(bf16: bool, fp16: bool) -> torch.dtype:
+    return _DTYPES["bf16" if bf16 else "fp16" if fp16 else "fp32"]
+
+
+def _environment_dtype() -> torch.dtype | None:
+    """Return what accelerate's launcher was told: it fills in the plugin's precision later."""
+    return {**_DTYPES, "no": torch.float32}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+
+
+def _offload(zero: Mapping[str, Any], key: str, legacy: str) -> str:
+    if zero.get(legacy) is True:
+        return "cpu"
+    return str((zero.get(key) or {}).get("device") or "none")
+
+
+def _number(value: Any, default: int) -> int:
+    return value if isinstance(value, int) else default
+
+
+def _auto_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            keys += _auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            keys.append(prefix + key)
+    return keys
