@@ -105,8 +105,8 @@ class FactorSaved:
 class FactorSpec:
     """Everything but the tensors that a receiver needs, to merge the adapter or to serve it; JSON data.
 
-    ``config`` is PEFT's adapter config, as in `adapter_config.json`. ``ties`` maps a weight that is not in the
-    checkpoint to the one that stands for it; where such a weight has a module of its own here, its update
+    ``config`` is PEFT's adapter config, as in `adapter_config.json`. ``ties`` maps a weight that is not in
+    the checkpoint to the one that stands for it; where such a weight has a module of its own here, its update
     must equal the other's, or a merge would untie them: a merging receiver compares. ``conflicts`` says why a
     merge would untie weights whatever the values are; serving the adapter is unaffected. ``base_changed_by``
     names the init that changed the base weights, so that the adapter does not belong to the published base.
@@ -296,7 +296,9 @@ class _Builder:
 
     def add(self, slot: Slot, *, shared: bool) -> None:
         """Add a slot's entries; a shared tensor (a tied alias, with tied rows) has them elsewhere already."""
-        if slot.general is not None:
+        if slot.general is not None or any(
+            "MultiheadAttention" in type(s.layer).__name__ for s in slot.steps
+        ):
             raise UnmergeableError(
                 f"{slot.name}: got a variant of LoRA without plain factors, expected LoRA or DoRA. "
                 "Use MergedSource."

@@ -6,7 +6,7 @@ LoRA's own layers are spelled out here. Everything else that PEFT can merge goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 _DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
 # Variants whose merge is plain LoRA's: they differ in how they start or how they train.
-_AS_LORA = (variants.MiCALinearVariant, variants.MiCAEmbeddingVariant, variants.VeloraLinearVariant)
+_MICA = (variants.MiCALinearVariant, variants.MiCAEmbeddingVariant)
+_AS_LORA = (*_MICA, variants.VeloraLinearVariant)
+# Where PEFT rounds the delta to the weight's dtype before it adds.
+_CAST_FIRST = (lora.Embedding, lora.layer.MultiheadAttention, ParamWrapper)
 _NEVER = {
     "ALoraLinearVariant": "aLoRA acts only after its invocation tokens: serve the adapter itself",
     "ArrowLinearVariant": "Arrow routes every token to other experts: remove the router adapter first",
@@ -72,12 +75,18 @@ def spelled_out(layer: BaseTunerLayer, adapter: str) -> bool:
     return isinstance(layer, kinds) or _is_bnb(layer)
 
 
-def steps(layer: BaseTunerLayer, adapter: str, attr: str) -> Iterator[Step]:
-    """Yield what one adapter of a spelled-out layer does to the base parameter called ``attr``."""
+def steps(layer: BaseTunerLayer, adapter: str, attr: str, *, twice: bool) -> Iterator[Step]:
+    """Yield what one adapter of a spelled-out layer does to the base parameter called ``attr``.
+
+    ``twice`` is for the output projection inside an adapted `nn.MultiheadAttention`: PEFT adds its delta once
+    as part of the attention and once as a layer of its own, in `forward` too, so that is the trained policy.
+    """
     if isinstance(layer, TrainableTokensLayer):
         if attr == "weight":
             yield _rows(layer, adapter)
     elif attr == _weight_name(layer):
+        if twice:
+            yield low_rank_step(layer, adapter, cast_first=True)
         yield low_rank_step(layer, adapter)
     elif attr == "bias" and layer.lora_bias.get(adapter):
         yield _bias(layer, adapter)
@@ -127,14 +136,15 @@ def low_rank(layer: Any, adapter: str) -> LowRank:
         transposed=transposed,
         experts=experts,
         dora=adapter in _dora_adapters(layer),
-        cast_first=isinstance(layer, lora.Embedding | lora.layer.MultiheadAttention | ParamWrapper),
+        cast_first=isinstance(layer, _CAST_FIRST) or isinstance(layer.lora_variant.get(adapter), _MICA),
         exact=_is_bnb(layer),
     )
 
 
-def low_rank_step(layer: Any, adapter: str) -> Step:
+def low_rank_step(layer: Any, adapter: str, *, cast_first: bool = False) -> Step:
     """Say what a LoRA or DoRA does to its weight."""
     how = low_rank(layer, adapter)
+    how = replace(how, cast_first=True) if cast_first else how
     params = factors(layer, adapter)
     if how.dora:
         params = (*params, layer.lora_magnitude_vector[adapter].weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -127,19 +127,24 @@ class _Walk:
         yield from self._own(module, prefix, [])
         yield from self._children(module, prefix)
 
-    def _tuner(self, layer: BaseTunerLayer, prefix: str) -> Iterator[Slot]:
+    def _tuner(self, layer: BaseTunerLayer, prefix: str, *, twice: bool = False) -> Iterator[Slot]:
         chain, inner = layers.chain_of(layer)
         merged = [(each, name) for each in chain for name in layers.active(each, self.adapters)]
         for each, name in merged:
             layers.refuse(each, name, prefix.removesuffix("."))
-        yield from self._own(inner, prefix, merged)
-        yield from self._children(inner, prefix)
+        yield from self._own(inner, prefix, merged, twice=twice)
+        if isinstance(inner, nn.MultiheadAttention):
+            yield from self._tuner(cast(Any, inner.out_proj), f"{prefix}out_proj.", twice=True)
+        else:
+            yield from self._children(inner, prefix)
 
     def _children(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         for path, child in submodules(module, prefix):
             yield from self.module(child, f"{path}.")
 
-    def _own(self, module: nn.Module, prefix: str, merged: list[tuple[Any, str]]) -> Iterator[Slot]:
+    def _own(
+        self, module: nn.Module, prefix: str, merged: list[tuple[Any, str]], *, twice: bool = False
+    ) -> Iterator[Slot]:
         general = [(layer, name) for layer, name in merged if not layers.spelled_out(layer, name)]
         for attr in tensors_of(module):
             dtype, shape = logical(module, attr, int8_dtype=self.int8_dtype)
@@ -147,7 +152,9 @@ class _Walk:
             if general:
                 yield _general(slot, merged)
             else:
-                steps = tuple(step for layer, name in merged for step in layers.steps(layer, name, attr))
+                steps = tuple(
+                    step for layer, name in merged for step in layers.steps(layer, name, attr, twice=twice)
+                )
                 yield Slot(slot.name, dtype, shape, module, attr, steps)
 
     def _live(self, wrapper: Any) -> nn.Module:

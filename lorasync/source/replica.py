@@ -46,7 +46,7 @@ class Merge:
         copied = _replicate(outermost, memo)
         inner = copied.get_base_layer()
         if _is_packed(inner):
-            _make_plain(copied, inner, base, attr, self.name)
+            _make_plain(copied, inner, base, attr)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -54,17 +54,12 @@ class Merge:
                     memo[id(layer)].merge(adapter_names=[adapter])
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
             raise UnmergeableError(
-                f"{self.name}: got {type(outermost).__module__}.{type(outermost).__name__}, which PEFT can't "
-                f"merge ({error}). Serve the adapter through PEFT, or train a method that merges."
+                f"{self.name}: got {type(outermost).__module__}.{type(outermost).__name__} on "
+                f"{type(self.layers[0].get_base_layer()).__name__}, which PEFT can't merge ({error}). "
+                "Serve the adapter through PEFT, or train a method that merges."
             ) from error
-        merged: Tensor = getattr(outermost_base(copied), attr)
+        merged: Tensor = getattr(copied.get_base_layer(), attr)
         return merged.detach()
-
-
-def outermost_base(layer: Any) -> nn.Module:
-    """Return the base layer, which some methods replace while merging."""
-    base: nn.Module = layer.get_base_layer()
-    return base
 
 
 def _replicate(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -100,19 +95,15 @@ def _is_packed(base: nn.Module) -> bool:
     return type(base).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def _make_plain(layer: Any, base: Any, weight: Tensor, attr: str, name: str) -> None:
+def _make_plain(layer: Any, base: Any, weight: Tensor, attr: str) -> None:
     """Let a copy that adapts a quantized layer adapt a plain one with the same values instead."""
-    kind = type(layer)
-    package = kind.__module__.rpartition(".")[0]
-    plain = {"SVDLinear4bit": "SVDLinear", "SVDLinear8bitLt": "SVDLinear"}.get(kind.__name__, "Linear")
-    twin = getattr(importlib.import_module(f"{package}.layer"), plain, None)
-    if twin is None:
-        raise UnmergeableError(
-            f"{name}: got {kind.__name__} of {package} on a quantized base, which has no plain twin."
-        )
     linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone() if attr == "weight" else base.weight, requires_grad=False)
     linear.bias = base.bias
-    layer.__class__ = twin
-    layer.__dict__.setdefault("fan_in_fan_out", False)
     layer._modules["base_layer"] = linear
+    layer.quantization_backend = None
+    package, _, file = type(layer).__module__.rpartition(".")
+    if file == "bnb":
+        name = type(layer).__name__.removesuffix("4bit").removesuffix("8bitLt")
+        layer.__class__ = getattr(importlib.import_module(f"{package}.layer"), name)
+        layer.__dict__.setdefault("fan_in_fan_out", False)
