@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.bases import Int8Base, PackedBase, PlainBase
-from lorasync.kernels.triton_merge import FIELDS, adapter_amax, dora_factor, merge_tiles
+from lorasync.kernels.triton_merge import FIELDS, adapter_amax, dora_factor, mend_rows, merge_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.fl
 CANCELLED = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-10, torch.float32: 0.0}
 """Below this share of W a merged element is computed again in fp64: fp32's error is half an ulp there."""
 
-AMAX_CHUNKS, AMAX_ROWS, AMAX_COLS, FACTOR_BLOCK = 16, 64, 64, 128
+AMAX_CHUNKS, AMAX_ROWS, AMAX_COLS, FACTOR_BLOCK, MEND_PROGRAMS = 16, 64, 64, 128, 1024
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Launch:
         self._factors = [_factors(job, variant.factor_dtype) for job in jobs]
         self._constants = _constants(variant, config)
         self._buffers = _buffers(variant, jobs, config)
-        rows, tiles = _table(variant, jobs, [pair for pair, _ in self._factors], self._buffers, config)
-        self.n_jobs, self.n_tiles = len(rows), sum(tiles)
+        rows, strips = _table(variant, jobs, [pair for pair, _ in self._factors], self._buffers, config)
+        self.n_jobs, self.n_strips = len(rows), sum(strips)
         self._jobs = torch.tensor(rows, dtype=torch.int64).to(variant.device)
-        counts = torch.tensor(tiles)
-        self._tile_jobs = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(variant.device)
+        counts = torch.tensor(strips)
+        self._strip_jobs = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(variant.device)
         self._max_features = max(job.lora_b.shape[0] for job in jobs)
 
     def prime(self) -> None:
         """Compile and load every kernel by a launch on a job without elements: it reads and writes nothing."""
         empty = self._jobs[:1].clone()
-        for field, value in (("rows", 0), ("cols", 0), ("first_tile", 0), ("tiles_n", 1)):
-            empty[:, FIELDS.index(field)] = value
+        for field in ("rows", "cols", "first_strip"):
+            empty[:, FIELDS.index(field)] = 0
         self._run(empty, torch.zeros(1, dtype=torch.int32, device=self.variant.device), 1, 1)
 
     def run(self) -> None:
@@ -86,10 +86,10 @@ class Launch:
                 lora_a.copy_(source_a)
             if lora_b is not source_b:
                 lora_b.copy_(source_b)
-        self._run(self._jobs, self._tile_jobs, self.n_jobs, self.n_tiles)
+        self._run(self._jobs, self._strip_jobs, self.n_jobs, self.n_strips)
 
-    def _run(self, jobs: Tensor, tile_jobs: Tensor, n_jobs: int, n_tiles: int) -> None:
-        if n_tiles == 0:
+    def _run(self, jobs: Tensor, strip_jobs: Tensor, n_jobs: int, n_strips: int) -> None:
+        if n_strips == 0:
             return
         variant, config = self.variant, self.config
         factor_type, trans = TRITON_TYPES[variant.factor_dtype], variant.fan_in_fan_out
@@ -99,16 +99,30 @@ class Launch:
                 jobs, AB_TYPE=factor_type, TRANS=trans, CHUNKS=AMAX_CHUNKS, BM=AMAX_ROWS, BN=AMAX_COLS
             )
         if variant.magnitude_dtype is not None:
-            self._merge(jobs, tile_jobs, n_tiles, norm=True)
+            self._merge(jobs, strip_jobs, n_strips, norm=True)
             blocks = triton.cdiv(self._max_features, FACTOR_BLOCK)
             dora_factor[(n_jobs, blocks)](
-                jobs, M_TYPE=TRITON_TYPES[variant.magnitude_dtype], TRANS=trans, TILE=config.bm, BF=FACTOR_BLOCK
+                jobs, M_TYPE=TRITON_TYPES[variant.magnitude_dtype], TRANS=trans, TILE=config.bm if trans else config.bn, BF=FACTOR_BLOCK
             )
-        self._merge(jobs, tile_jobs, n_tiles, norm=False)
+        self._buffers["cancelled"][:1].zero_()
+        self._merge(jobs, strip_jobs, n_strips, norm=False)
+        if self._constants["LIMIT"] > 0:
+            self._mend(jobs, strip_jobs)
 
-    def _merge(self, jobs: Tensor, tile_jobs: Tensor, n_tiles: int, *, norm: bool) -> None:
-        merge_tiles[(n_tiles,)](
-            jobs, tile_jobs, NORM=norm, num_warps=self.config.warps, enable_fp_fusion=False, **self._constants
+    def _merge(self, jobs: Tensor, strip_jobs: Tensor, n_strips: int, *, norm: bool) -> None:
+        cancelled = self._buffers["cancelled"]
+        arguments = (jobs, strip_jobs, cancelled, cancelled.numel() - 1)
+        options = {"num_warps": self.config.warps, "enable_fp_fusion": False}
+        if self.config.registers:
+            options["maxnreg"] = self.config.registers
+        merge_tiles[(n_strips,)](*arguments, NORM=norm, **self._constants, **options)
+
+    def _mend(self, jobs: Tensor, strip_jobs: Tensor) -> None:
+        cancelled = self._buffers["cancelled"]
+        skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES")
+        constants = {name: value for name, value in self._constants.items() if name not in skipped}
+        mend_rows[(MEND_PROGRAMS,)](
+            jobs, strip_jobs, cancelled, cancelled.numel() - 1, PROGRAMS=MEND_PROGRAMS, enable_fp_fusion=False, **constants
         )
 
 
@@ -203,16 +217,19 @@ def _constants(variant: Variant, config: Config) -> dict[str, Any]:
         "BM": config.bm,
         "BN": config.bn,
         "RK": min(config.rk, variant.r_pad),
+        "STRIP": config.strip,
+        "STAGES": config.stages,
     }
 
 
 def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Tensor]:
     """The small memory between kernels: largest |x| of fp32 factors, DoRA's partial norms and factors."""
-    sizes = {"amax": 2 * len(jobs), "partial": 0, "factor": 0}
+    elements = sum(job.out.numel() for job in jobs)
+    sizes = {"amax": 2 * len(jobs), "partial": 0, "factor": 0, "cancelled": min(1 << 20, 1024 + elements // 1024)}
     if variant.magnitude_dtype is not None:
         sizes["partial"] = sum(_parts(job, config) * job.lora_b.shape[0] for job in jobs)
         sizes["factor"] = 2 * sum(job.lora_b.shape[0] for job in jobs)
-    dtypes = {"amax": torch.int32, "partial": torch.float32, "factor": torch.float32}
+    dtypes = {"amax": torch.int32, "partial": torch.float32, "factor": torch.float32, "cancelled": torch.int64}
     return {name: torch.empty(n, dtype=dtypes[name], device=variant.device) for name, n in sizes.items()}
 
 
@@ -227,23 +244,21 @@ def _table(
     buffers: dict[str, Tensor],
     config: Config,
 ) -> tuple[list[list[int]], list[int]]:
-    """One row of the job table for each job, and how many tiles it has."""
-    table, tiles, features, parts = [], [], 0, 0
+    """One row of the job table for each job, and how many strips it has."""
+    table, strips, first, features, parts = [], [], 0, 0, 0
     for i, (job, pair) in enumerate(zip(jobs, factors, strict=True)):
         rows, cols = job.out.shape
-        tiles_n = triton.cdiv(cols, config.bn)
-        row = _job_fields(job, pair) | _base_fields(job.base)
-        row |= {"first_tile": sum(tiles) if i == 0 else first, "tiles_n": tiles_n}
+        row = _job_fields(job, pair) | _base_fields(job.base) | {"first_strip": first}
         row["amax"] = buffers["amax"].data_ptr() + 8 * i
         row["partial"] = buffers["partial"].data_ptr() + 4 * parts
         row["factor"] = buffers["factor"].data_ptr() + 8 * features
         table.append([row.get(field, 0) for field in FIELDS])
-        tiles.append(triton.cdiv(rows, config.bm) * tiles_n)
-        first = row["first_tile"] + tiles[-1]
+        strips.append(triton.cdiv(rows, config.bm) * triton.cdiv(cols, config.bn * config.strip))
+        first += strips[-1]
         if variant.magnitude_dtype is not None:
             features += job.lora_b.shape[0]
             parts += _parts(job, config) * job.lora_b.shape[0]
-    return table, tiles
+    return table, strips
 
 
 def _job_fields(job: MergeJob, factors: tuple[Tensor, Tensor]) -> dict[str, int]:

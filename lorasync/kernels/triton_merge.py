@@ -18,7 +18,7 @@ import triton.language as tl
 
 FIELDS = (
     "out", "base", "lora_a", "lora_b", "rows", "cols", "r", "out_stride0", "out_stride1", "base_stride0",
-    "base_stride1", "lora_a_stride", "lora_b_stride", "scaling", "first_tile", "tiles_n", "scales", "code",
+    "base_stride1", "lora_a_stride", "lora_b_stride", "scaling", "first_strip", "scales", "code",
     "nested_absmax", "nested_code", "nested_offset", "base_offset", "amax", "partial", "factor", "magnitude",
 )  # fmt: skip
 """Columns of the job table; ``scaling`` and ``nested_offset`` are the bits of a float64."""
@@ -38,8 +38,7 @@ BASE_STRIDE1 = tl.constexpr(FIELDS.index("base_stride1"))
 LORA_A_STRIDE = tl.constexpr(FIELDS.index("lora_a_stride"))
 LORA_B_STRIDE = tl.constexpr(FIELDS.index("lora_b_stride"))
 SCALING = tl.constexpr(FIELDS.index("scaling"))
-FIRST_TILE = tl.constexpr(FIELDS.index("first_tile"))
-TILES_N = tl.constexpr(FIELDS.index("tiles_n"))
+FIRST_STRIP = tl.constexpr(FIELDS.index("first_strip"))
 SCALES = tl.constexpr(FIELDS.index("scales"))
 CODE = tl.constexpr(FIELDS.index("code"))
 NESTED_ABSMAX = tl.constexpr(FIELDS.index("nested_absmax"))
@@ -61,100 +60,163 @@ def _pointer(job, field, dtype):
 
 
 @triton.jit
-def _plain_tile(job, rm, rn, mask, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tile of a plain base, as stored."""
-    base = _pointer(job, BASE, W_TYPE)
-    stride0 = tl.load(job + BASE_STRIDE0)
+def _extent(job, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
+    """Rows, columns and rank, with what is known of their divisors."""
+    rows, cols, r = tl.load(job + ROWS), tl.load(job + COLS), tl.load(job + RANK)
     if ALIGNED:
-        ptrs = tl.multiple_of(base + rm[:, None] * stride0 + rn[None, :], (1, 16))
+        cols = tl.multiple_of(cols, 16)
+    if R_ALIGNED:
+        r = tl.multiple_of(r, 8)
+    return rows, cols, r
+
+
+@triton.jit
+def _base(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr):
+    """Everything that dequantizing needs: pointers, strides, code table, nested scales."""
+    scales, code, offset, nested = 0, 0, 0, (0, 0, 0)
+    if KIND == 0:
+        data = _pointer(job, BASE, W_TYPE)
+    elif KIND == 2:
+        data = _pointer(job, BASE, tl.int8)
+        scales = _pointer(job, SCALES, tl.float32)
     else:
-        ptrs = base + rm[:, None] * stride0 + rn[None, :] * tl.load(job + BASE_STRIDE1)
+        data = _pointer(job, BASE, tl.uint8)
+        code = tl.load(_pointer(job, CODE, tl.float32) + tl.arange(0, 16))
+        offset = tl.load(job + BASE_OFFSET)
+        if NESTED:
+            scales = _pointer(job, SCALES, tl.uint8)
+            shift = tl.load(job + NESTED_OFFSET).to(tl.float64, bitcast=True).to(tl.float32)
+            nested = (_pointer(job, NESTED_ABSMAX, tl.float32), _pointer(job, NESTED_CODE, tl.float32), shift)
+        else:
+            scales = _pointer(job, SCALES, tl.float32)
+    return data, tl.load(job + BASE_STRIDE0), tl.load(job + BASE_STRIDE1), scales, code, offset, nested
+
+
+@triton.jit
+def _plain_tile(base, rm, rn, mask, ALIGNED: tl.constexpr):
+    """A tile of a plain base, as stored."""
+    if ALIGNED:
+        ptrs = tl.multiple_of(base[0] + rm[:, None] * base[1] + rn[None, :], (1, 16))
+    else:
+        ptrs = base[0] + rm[:, None] * base[1] + rn[None, :] * base[2]
     return tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _int8_tile(job, rm, rn, mask, ALIGNED: tl.constexpr):
+def _int8_tile(base, rm, rn, rows, mask, ALIGNED: tl.constexpr):
     """A tile of a Linear8bitLt weight, dequantized in fp32 in bitsandbytes' order: (q · SCB) · (1/127)."""
-    q = _plain_tile(job, rm, rn, mask, tl.int8, ALIGNED)
-    scales = _pointer(job, SCALES, tl.float32)
-    scb = tl.load(scales + rm, mask=rm < tl.load(job + ROWS), other=0.0)
-    return q.to(tl.float32) * scb[:, None] * INV_127
+    q = _plain_tile(base, rm, rn, mask, ALIGNED)
+    scb = tl.load(base[3] + rm, mask=rm < rows, other=0.0)
+    return q.to(tl.int32).to(tl.float32) * scb[:, None] * INV_127
 
 
 @triton.jit
-def _absmax(job, index, mask, NESTED: tl.constexpr):
+def _absmax(base, index, mask, NESTED: tl.constexpr):
     """The scale of 4-bit block ``index``; nested: itself 8-bit, code[q] · absmax2 + offset."""
     if NESTED:
-        q = tl.load(_pointer(job, SCALES, tl.uint8) + index, mask=mask, other=0).to(tl.int32)
-        outer = tl.load(_pointer(job, NESTED_ABSMAX, tl.float32) + index // NESTED_BLOCK, mask=mask, other=0.0)
-        offset = tl.load(job + NESTED_OFFSET).to(tl.float64, bitcast=True).to(tl.float32)
-        return tl.load(_pointer(job, NESTED_CODE, tl.float32) + q) * outer + offset
-    return tl.load(_pointer(job, SCALES, tl.float32) + index, mask=mask, other=0.0)
+        q = tl.load(base[3] + index, mask=mask, other=0).to(tl.int32)
+        outer = tl.load(base[6][0] + index // NESTED_BLOCK, mask=mask, other=0.0)
+        return tl.load(base[6][1] + q, mask=mask, other=0.0) * outer + base[6][2]
+    return tl.load(base[3] + index, mask=mask, other=0.0)
 
 
 @triton.jit
-def _packed_tile_flat(job, tile_m, tile_n, rm, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of a 4-bit base whose quantization blocks lie inside rows: bytes by vectors, one scale a block."""
-    rows = tl.load(job + ROWS)
-    cols = tl.multiple_of(tl.load(job + COLS), 32)
-    start = rm * tl.load(job + BASE_STRIDE0) + tl.load(job + BASE_OFFSET) + tile_n * BN
-    rb = tl.arange(0, BN // 2)
-    mask = (rm < rows)[:, None] & ((tile_n * (BN // 2) + rb) * 2 < cols)[None, :]
-    ptrs = tl.multiple_of(_pointer(job, BASE, tl.uint8) + (start // 2)[:, None] + rb[None, :], (1, 16))
-    packed = tl.load(ptrs, mask=mask, other=0, eviction_policy="evict_first").to(tl.int32)
-    code = _pointer(job, CODE, tl.float32)
-    high = tl.load(code + (packed >> 4))
-    low = tl.load(code + (packed & 15))
+def _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of a 4-bit base whose quantization blocks lie inside rows: by words of 8, one scale a block."""
+    words_in_row = tl.multiple_of(cols // 8, 4)
+    start = rm * base[1] + base[5] + tile_n * BN
+    rw = tile_n * (BN // 8) + tl.arange(0, BN // 8)
+    mask = (rm < rows)[:, None] & (rw < words_in_row)[None, :]
+    ptrs = base[0].to(tl.pointer_type(tl.int32)) + (start // 8)[:, None] + tl.arange(0, BN // 8)[None, :]
+    words = tl.load(tl.multiple_of(ptrs, (1, 16)), mask=mask, other=0, eviction_policy="evict_first")
+    index = _nibbles(words).reshape((BM * BN,))
+    values = tl.gather(base[4], index, 0).reshape((BM, BN))
     if BLOCK < BN:
         blocks = tl.arange(0, BN // BLOCK)
-        bmask = (rm < rows)[:, None] & ((tile_n * BN + blocks * BLOCK) < cols)[None, :]
-        absmax = _absmax(job, (start // BLOCK)[:, None] + blocks[None, :], bmask, NESTED)
-        scale = tl.broadcast_to(absmax[:, :, None], (BM, BN // BLOCK, BLOCK // 2)).reshape((BM, BN // 2))
+        inside = tile_n * (BN // 8) + blocks * (BLOCK // 8) < words_in_row
+        absmax = _absmax(base, (start // BLOCK)[:, None] + blocks[None, :], (rm < rows)[:, None] & inside[None, :], NESTED)
+        scale = tl.broadcast_to(absmax[:, :, None], (BM, BN // BLOCK, BLOCK)).reshape((BM, BN))
     else:
-        scale = _absmax(job, start // BLOCK, rm < rows, NESTED)[:, None]
-    return high * scale, low * scale
+        scale = _absmax(base, start // BLOCK, rm < rows, NESTED)[:, None]
+    return values * scale
 
 
 @triton.jit
-def _packed_tile(job, rm, rn, mask, BLOCK: tl.constexpr, NESTED: tl.constexpr):
+def _nibbles(words):
+    """The eight 4-bit values of each word, in order: bytes upward, in each the high four bits first."""
+    even = tl.interleave(
+        tl.interleave((words >> 4) & 15, (words >> 20) & 15), tl.interleave((words >> 12) & 15, (words >> 28) & 15)
+    )
+    odd = tl.interleave(
+        tl.interleave(words & 15, (words >> 16) & 15), tl.interleave((words >> 8) & 15, (words >> 24) & 15)
+    )
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def _packed_tile(job, base, rm, rn, mask, BLOCK: tl.constexpr, NESTED: tl.constexpr):
     """A tile of any 4-bit base, element by element."""
-    flat = rm[:, None] * tl.load(job + BASE_STRIDE0) + tl.load(job + BASE_OFFSET) + rn[None, :]
-    packed = tl.load(_pointer(job, BASE, tl.uint8) + flat // 2, mask=mask, other=0).to(tl.int32)
+    flat = rm[:, None] * base[1] + base[5] + rn[None, :]
+    packed = tl.load(base[0] + flat // 2, mask=mask, other=0).to(tl.int32)
     nibble = tl.where(flat % 2 == 0, packed >> 4, packed & 15)
-    return tl.load(_pointer(job, CODE, tl.float32) + nibble) * _absmax(job, flat // BLOCK, mask, NESTED)
+    return tl.load(_pointer(job, CODE, tl.float32) + nibble) * _absmax(base, flat // BLOCK, mask, NESTED)
 
 
 @triton.jit
-def _factor_tiles(job, rm, rn, rk, AB_TYPE: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
-    """The tiles whose product is the delta: B and A; for fan_in_fan_out Aᵀ and Bᵀ."""
-    a = _pointer(job, LORA_A, AB_TYPE)
-    b = _pointer(job, LORA_B, AB_TYPE)
-    a_stride = tl.load(job + LORA_A_STRIDE)
-    b_stride = tl.load(job + LORA_B_STRIDE)
-    r = tl.load(job + RANK)
-    if R_ALIGNED:
-        r = tl.multiple_of(r, 8)
-    rows = tl.load(job + ROWS)
-    cols = tl.load(job + COLS)
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
-    if TRANS:
-        if ALIGNED:
-            rows = tl.multiple_of(rows, 16)
-        ra, na, rb, nb = rm, rows, rn, cols
+def _base_tile(
+    job, base, tile_n, rm, rn, rows, cols, KIND: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of W in the dtype that it is stored in or dequantized to."""
+    mask = (rm < rows)[:, None] & (rn < cols)[None, :]
+    if KIND == 0:
+        w = _plain_tile(base, rm, rn, mask, ALIGNED)
+    elif KIND == 2:
+        w = _int8_tile(base, rm, rn, rows, mask, ALIGNED).to(W_TYPE)
+    elif ALIGNED:
+        w = _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK, NESTED, BM, BN).to(W_TYPE)
     else:
-        ra, na, rb, nb = rn, cols, rm, rows
-    a_ptrs = a + rk[:, None] * a_stride + ra[None, :]
-    b_ptrs = b + rb[:, None] * b_stride + rk[None, :]
-    if ALIGNED:
-        a_ptrs = tl.multiple_of(a_ptrs, (1, 16))
-    if R_ALIGNED:
-        b_ptrs = tl.multiple_of(b_ptrs, (1, 16))
-    a_tile = tl.load(a_ptrs, mask=(rk < r)[:, None] & (ra < na)[None, :], other=0.0)
-    b_tile = tl.load(b_ptrs, mask=(rb < nb)[:, None] & (rk < r)[None, :], other=0.0)
+        w = _packed_tile(job, base, rm, rn, mask, BLOCK, NESTED).to(W_TYPE)
+    return w
+
+
+@triton.jit
+def _factors(job, AB_TYPE: tl.constexpr):
+    """Pointer and stride of A, then of B."""
+    a, b = _pointer(job, LORA_A, AB_TYPE), _pointer(job, LORA_B, AB_TYPE)
+    return a, tl.load(job + LORA_A_STRIDE), b, tl.load(job + LORA_B_STRIDE)
+
+
+@triton.jit
+def _left_tile(factors, rm, rk, rows, r, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
+    """Rows of the left factor of the delta: of B, or of Aᵀ for fan_in_fan_out."""
     if TRANS:
-        return tl.trans(a_tile), tl.trans(b_tile)
-    return b_tile, a_tile
+        return tl.trans(_a_tile(factors, rk, rm, r, rows, ALIGNED))
+    return _b_tile(factors, rm, rk, rows, r, R_ALIGNED)
+
+
+@triton.jit
+def _right_tile(factors, rk, rn, r, cols, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
+    """Columns of the right factor of the delta: of A, or of Bᵀ for fan_in_fan_out."""
+    if TRANS:
+        return tl.trans(_b_tile(factors, rn, rk, cols, r, R_ALIGNED))
+    return _a_tile(factors, rk, rn, r, cols, ALIGNED)
+
+
+@triton.jit
+def _a_tile(factors, rk, rn, r, n_in, ALIGNED: tl.constexpr):
+    ptrs = factors[0] + rk[:, None] * factors[1] + rn[None, :]
+    if ALIGNED:
+        ptrs = tl.multiple_of(ptrs, (1, 16))
+    return tl.load(ptrs, mask=(rk < r)[:, None] & (rn < n_in)[None, :], other=0.0)
+
+
+@triton.jit
+def _b_tile(factors, rn, rk, n_out, r, R_ALIGNED: tl.constexpr):
+    ptrs = factors[2] + rn[:, None] * factors[3] + rk[None, :]
+    if R_ALIGNED:
+        ptrs = tl.multiple_of(ptrs, (1, 16))
+    return tl.load(ptrs, mask=(rn < n_out)[:, None] & (rk < r)[None, :], other=0.0)
 
 
 @triton.jit
@@ -177,70 +239,33 @@ def _halves(x, scale):
 
 
 @triton.jit
-def _delta(
-    job, rm, rn, AB_TYPE: tl.constexpr, SPLIT: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr,
-    R_ALIGNED: tl.constexpr, R_PAD: tl.constexpr, RK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """B·A for this tile in fp32, and the factor that it still has to be multiplied by."""
+def _scales(job, SPLIT: tl.constexpr, TRANS: tl.constexpr):
+    """What the accumulated product is multiplied by, and the powers of two for the left and the right factor."""
     s = tl.load(job + SCALING).to(tl.float64, bitcast=True).to(tl.float32)
-    acc = tl.zeros((BM, BN), tl.float32)
+    left, right = 1.0, 1.0
     if SPLIT:
         amax = _pointer(job, AMAX, tl.int32)
         field_a, field_b = _amax_field(tl.load(amax)), _amax_field(tl.load(amax + 1))
         s = s * _power(254 - field_a) * _power(254 - field_b)
         if TRANS:
-            scale_p, scale_q = _power(field_a), _power(field_b)
+            left, right = _power(field_a), _power(field_b)
         else:
-            scale_p, scale_q = _power(field_b), _power(field_a)
-    for k in tl.static_range(0, R_PAD, RK):
-        p, q = _factor_tiles(job, rm, rn, k + tl.arange(0, RK), AB_TYPE, TRANS, ALIGNED, R_ALIGNED)
-        if SPLIT:
-            p_high, p_low = _halves(p, scale_p)
-            q_high, q_low = _halves(q, scale_q)
-            acc = tl.dot(p_low, q_high, acc)
-            acc = tl.dot(p_high, q_low, acc)
-            acc = tl.dot(p_high, q_high, acc)
-        else:
-            acc = tl.dot(p, q, acc)
-    return acc, s
+            left, right = _power(field_b), _power(field_a)
+    return s, left, right
 
 
 @triton.jit
-def _exact_element(job, m, n, w, AB_TYPE: tl.constexpr, TRANS: tl.constexpr, R_PAD: tl.constexpr):
-    """One element of W + s·B·A in fp64."""
-    rk = tl.arange(0, R_PAD)
-    mask = rk < tl.load(job + RANK)
-    if TRANS:
-        i, j = m, n
+def _product(left, right, acc, scale_left, scale_right, SPLIT: tl.constexpr):
+    """Add left · right to ``acc`` in fp32; fp32 factors in three products of halves, small ones first."""
+    if SPLIT:
+        left_high, left_low = _halves(left, scale_left)
+        right_high, right_low = _halves(right, scale_right)
+        acc = tl.dot(left_low, right_high, acc)
+        acc = tl.dot(left_high, right_low, acc)
+        acc = tl.dot(left_high, right_high, acc)
     else:
-        i, j = n, m
-    a = tl.load(_pointer(job, LORA_A, AB_TYPE) + rk * tl.load(job + LORA_A_STRIDE) + i, mask=mask, other=0.0)
-    b = tl.load(_pointer(job, LORA_B, AB_TYPE) + j * tl.load(job + LORA_B_STRIDE) + rk, mask=mask, other=0.0)
-    s = tl.load(job + SCALING).to(tl.float64, bitcast=True)
-    return w.to(tl.float64) + s * tl.sum(a.to(tl.float64) * b.to(tl.float64))
-
-
-@triton.jit
-def _mend_cancelled(
-    job, x, rest, w, mask, m0, n0, LIMIT: tl.constexpr, AB_TYPE: tl.constexpr, TRANS: tl.constexpr,
-    R_PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Compute again in fp64 the elements in which W and the delta cancel to less than LIMIT of W."""
-    open_ = (tl.abs(x) < tl.abs(w) * LIMIT) & mask
-    count = tl.sum(open_.to(tl.int32))
-    if count > 0:
-        index = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        while count > 0:
-            first = tl.min(tl.where(open_, index, BM * BN))
-            hit = index == first
-            w_hit = tl.sum(tl.where(hit, w, 0.0))
-            exact = _exact_element(job, m0 + first // BN, n0 + first % BN, w_hit, AB_TYPE, TRANS, R_PAD)
-            high = exact.to(tl.float32)
-            x = tl.where(hit, high, x)
-            rest = tl.where(hit, (exact - high.to(tl.float64)).to(tl.float32), rest)
-            open_ = open_ & (index != first)
-            count -= 1
-    return x, rest
+        acc = tl.dot(left, right, acc)
+    return acc
 
 
 @triton.jit
@@ -252,79 +277,132 @@ def _round_to_odd(x, rest):
 
 
 @triton.jit
-def merge_tiles(
-    jobs, tile_jobs, KIND: tl.constexpr, W_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, AB_TYPE: tl.constexpr,
-    SPLIT: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, DORA: tl.constexpr, NORM: tl.constexpr, EXACT: tl.constexpr,
-    LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr,
-):  # fmt: skip
-    """Merge one tile; with NORM write only its part of the DoRA norm.
+def _dora_factors(factor, rm, rn, rows, cols, TRANS: tl.constexpr):
+    """The factor of each output feature as fp32 value and rest, along rows or, for fan_in_fan_out, columns."""
+    if TRANS:
+        high = tl.load(factor + 2 * rn, mask=rn < cols, other=0.0)[None, :]
+        low = tl.load(factor + 2 * rn + 1, mask=rn < cols, other=0.0)[None, :]
+    else:
+        high = tl.load(factor + 2 * rm, mask=rm < rows, other=0.0)[:, None]
+        low = tl.load(factor + 2 * rm + 1, mask=rm < rows, other=0.0)[:, None]
+    return high, low
 
-    KIND is 0 for a plain base, 1 for 4-bit, 2 for int8; W_TYPE is the dtype that the base is stored in or
-    dequantized to.
-    """
-    tile = tl.program_id(0)
-    job = jobs + tl.load(tile_jobs + tile).to(tl.int64) * WIDTH
-    local = tile - tl.load(job + FIRST_TILE)
-    tiles_n = tl.load(job + TILES_N)
-    tile_m = local // tiles_n
-    tile_n = local % tiles_n
-    rows = tl.load(job + ROWS)
-    cols = tl.load(job + COLS)
+
+@triton.jit
+def _out(job, OUT_TYPE: tl.constexpr):
+    return _pointer(job, OUT, OUT_TYPE), tl.load(job + OUT_STRIDE0), tl.load(job + OUT_STRIDE1)
+
+
+@triton.jit
+def _store(out, rm, rn, rows, cols, x, ALIGNED: tl.constexpr):
     if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+        ptrs = tl.multiple_of(out[0] + rm[:, None] * out[1] + rn[None, :], (1, 16))
+    else:
+        ptrs = out[0] + rm[:, None] * out[1] + rn[None, :] * out[2]
+    tl.store(ptrs, x.to(out[0].dtype.element_ty), mask=(rm < rows)[:, None] & (rn < cols)[None, :])
+
+
+@triton.jit
+def merge_tiles(
+    jobs, strip_jobs, cancelled, capacity, KIND: tl.constexpr, W_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
+    AB_TYPE: tl.constexpr, SPLIT: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr,
+    R_ALIGNED: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DORA: tl.constexpr,
+    NORM: tl.constexpr, EXACT: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    RK: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Merge a strip of up to STRIP tiles side by side; with NORM write only its parts of the DoRA norm.
+
+    KIND is 0 for a plain base, 1 for 4-bit, 2 for int8. Rows of a tile in which W and the delta cancel to less than
+    LIMIT of W are appended to ``cancelled``, a counter and up to ``capacity`` entries, for `mend_rows`.
+    """
+    strip = tl.program_id(0)
+    job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
+    local = (strip - tl.load(job + FIRST_STRIP)).to(tl.int32)
+    rows, cols, r = _extent(job, ALIGNED, R_ALIGNED)
+    base, factors, out = _base(job, KIND, W_TYPE, NESTED), _factors(job, AB_TYPE), _out(job, OUT_TYPE)
+    partial, dora = _pointer(job, PARTIAL, tl.float32), _pointer(job, FACTOR, tl.float32)
+    tiles_n = ((cols + BN - 1) // BN).to(tl.int32)
+    strips_n = (tiles_n + STRIP - 1) // STRIP
+    tile_m, first = local // strips_n, (local % strips_n) * STRIP
     rm = tile_m * BM + tl.arange(0, BM)
-    rn = tile_n * BN + tl.arange(0, BN)
-    mask = (rm < rows)[:, None] & (rn < cols)[None, :]
-    if KIND == 0:
-        w = _plain_tile(job, rm, rn, mask, W_TYPE, ALIGNED)
-    elif KIND == 2:
-        w = _int8_tile(job, rm, rn, mask, ALIGNED).to(W_TYPE)
-    elif ALIGNED:
-        high, low = _packed_tile_flat(job, tile_m, tile_n, rm, BLOCK, NESTED, BM, BN)
-        w = tl.interleave(high.to(W_TYPE), low.to(W_TYPE))
-    else:
-        w = _packed_tile(job, rm, rn, mask, BLOCK, NESTED).to(W_TYPE)
-    acc, s = _delta(job, rm, rn, AB_TYPE, SPLIT, TRANS, ALIGNED, R_ALIGNED, R_PAD, RK, BM, BN)
-    w = w.to(tl.float32)
-    x = tl.fma(acc, tl.broadcast_to(s, acc.shape), w)
-    if NORM:
-        square = tl.where(mask, x * x, 0.0)
-        partial = _pointer(job, PARTIAL, tl.float32)
-        if TRANS:
-            tiles_m = (rows + BM - 1) // BM
-            tl.store(partial + rn * tiles_m + tile_m, tl.sum(square, axis=0), mask=rn < cols)
-        else:
-            tl.store(partial + rm * tiles_n + tile_n, tl.sum(square, axis=1), mask=rm < rows)
-    else:
-        if EXACT:
-            rest = tl.fma(acc, tl.broadcast_to(s, acc.shape), w - x)
-            if LIMIT > 0:
-                x, rest = _mend_cancelled(
-                    job, x, rest, w, mask, tile_m * BM, tile_n * BN, LIMIT, AB_TYPE, TRANS, R_PAD, BM, BN
-                )
-        else:
-            rest = tl.zeros_like(x)
-        if DORA:
-            factor = _pointer(job, FACTOR, tl.float32)
+    s, scale_left, scale_right = _scales(job, SPLIT, TRANS)
+    if R_PAD == RK:
+        left = _left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED)
+    for tile_n in tl.range(first, tl.minimum(first + STRIP, tiles_n), num_stages=STAGES):
+        rn = tile_n * BN + tl.arange(0, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, BLOCK, NESTED, BM, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in tl.static_range(0, R_PAD, RK):
+            rk = k + tl.arange(0, RK)
+            if R_PAD != RK:
+                left = _left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED)
+            right = _right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED)
+            acc = _product(left, right, acc, scale_left, scale_right, SPLIT)
+        w = w.to(tl.float32)
+        factor = tl.broadcast_to(s, acc.shape)
+        x = tl.fma(acc, factor, w)
+        if NORM:
+            square = tl.where((rm < rows)[:, None] & (rn < cols)[None, :], x * x, 0.0)
             if TRANS:
-                f_high = tl.load(factor + 2 * rn, mask=rn < cols, other=0.0)[None, :]
-                f_low = tl.load(factor + 2 * rn + 1, mask=rn < cols, other=0.0)[None, :]
+                tiles_m = (rows + BM - 1) // BM
+                tl.store(partial + rn * tiles_m + tile_m, tl.sum(square, axis=0), mask=rn < cols)
             else:
-                f_high = tl.load(factor + 2 * rm, mask=rm < rows, other=0.0)[:, None]
-                f_low = tl.load(factor + 2 * rm + 1, mask=rm < rows, other=0.0)[:, None]
-            f_high = tl.broadcast_to(f_high, x.shape)
-            y = x * f_high
-            rest = tl.fma(x, f_high, -y) + rest * f_high + x * f_low
-            x = y
-        if EXACT:
-            x = _round_to_odd(x, rest)
-        out = _pointer(job, OUT, OUT_TYPE)
-        if ALIGNED:
-            ptrs = tl.multiple_of(out + rm[:, None] * tl.load(job + OUT_STRIDE0) + rn[None, :], (1, 16))
+                tl.store(partial + rm * tiles_n + tile_n, tl.sum(square, axis=1), mask=rm < rows)
         else:
-            ptrs = out + rm[:, None] * tl.load(job + OUT_STRIDE0) + rn[None, :] * tl.load(job + OUT_STRIDE1)
-        tl.store(ptrs, x.to(OUT_TYPE), mask=mask)
+            if LIMIT > 0:
+                worst = tl.max(tl.fma(tl.abs(w), tl.full(w.shape, LIMIT, tl.float32), -tl.abs(x)), axis=1)
+                place = tl.atomic_add(cancelled + tl.zeros((BM,), tl.int32), 1, mask=worst > 0, sem="relaxed")
+                entry = (strip.to(tl.int64) * STRIP + tile_n - first) * BM + tl.arange(0, BM)
+                tl.store(cancelled + 1 + place, entry, mask=(worst > 0) & (place < capacity))
+            rest = tl.zeros_like(x)
+            if EXACT:
+                rest = tl.fma(acc, factor, w - x)
+            if DORA:
+                f_high, f_low = _dora_factors(dora, rm, rn, rows, cols, TRANS)
+                f_high = tl.broadcast_to(f_high, x.shape)
+                y = x * f_high
+                rest = tl.fma(x, f_high, -y) + rest * f_high + x * f_low
+                x = y
+            if EXACT:
+                x = _round_to_odd(x, rest)
+            _store(out, rm, rn, rows, cols, x, ALIGNED)
+
+
+@triton.jit
+def mend_rows(
+    jobs, strip_jobs, cancelled, capacity, KIND: tl.constexpr, W_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
+    AB_TYPE: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, DORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Compute again, in fp64, the rows of tiles that `merge_tiles` found cancelled."""
+    count = tl.minimum(tl.load(cancelled), capacity)
+    for i in range(tl.program_id(0), count, PROGRAMS):
+        entry = tl.load(cancelled + 1 + i)
+        strip = entry // (BM * STRIP)
+        job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
+        local = strip - tl.load(job + FIRST_STRIP)
+        rows, cols, r = _extent(job, ALIGNED, False)
+        base, factors = _base(job, KIND, W_TYPE, NESTED), _factors(job, AB_TYPE)
+        strips_n = (cols + BN * STRIP - 1) // (BN * STRIP)
+        tile_m, tile_n = local // strips_n, (local % strips_n) * STRIP + entry // BM % STRIP
+        rm, rn = tile_m * BM + entry % BM + tl.arange(0, 1), tile_n * BN + tl.arange(0, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, BLOCK, NESTED, 1, BN)
+        total = tl.zeros((1, BN), tl.float64)
+        for k in range(0, R_PAD, 16):
+            rk = k + tl.arange(0, 16)
+            left = _left_tile(factors, rm, rk, rows, r, TRANS, False, False).to(tl.float64)
+            right = _right_tile(factors, rk, rn, r, cols, TRANS, False, False).to(tl.float64)
+            total += tl.sum(tl.trans(left) * right, axis=0)[None, :]
+        s = tl.load(job + SCALING).to(tl.float64, bitcast=True)
+        exact = w.to(tl.float64) + s * total
+        if DORA:
+            dora = _pointer(job, FACTOR, tl.float32)
+            f_high, f_low = _dora_factors(dora, rm, rn, rows, cols, TRANS)
+            exact = exact * (f_high.to(tl.float64) + f_low.to(tl.float64))
+        high = exact.to(tl.float32)
+        x = _round_to_odd(high, (exact - high.to(tl.float64)).to(tl.float32))
+        _store(_out(job, OUT_TYPE), rm, rn, rows, cols, x, ALIGNED)
 
 
 @triton.jit
@@ -360,7 +438,7 @@ def dora_factor(jobs, M_TYPE: tl.constexpr, TRANS: tl.constexpr, TILE: tl.conste
     if TRANS:
         features, parts = tl.load(job + COLS), (tl.load(job + ROWS) + TILE - 1) // TILE
     else:
-        features, parts = tl.load(job + ROWS), tl.load(job + TILES_N)
+        features, parts = tl.load(job + ROWS), (tl.load(job + COLS) + TILE - 1) // TILE
     rf = tl.program_id(1) * BF + tl.arange(0, BF)
     mask = rf < features
     partial = _pointer(job, PARTIAL, tl.float32)

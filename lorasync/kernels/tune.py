@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, at most ``rk`` ranks at a time."""
+    """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, at most ``rk`` ranks at a time.
+
+    ``registers`` caps a thread's registers (0: no cap), so that more tiles fit on a multiprocessor. A program merges ``strip``
+    tiles side by side and loads ``stages`` - 1 of them ahead.
+    """
 
     bm: int
     bn: int
     warps: int
     rk: int
+    registers: int = 0
+    strip: int = 8
+    stages: int = 3
 
 
 CANDIDATES = (
