@@ -120,21 +120,27 @@ class MergedSource:
         return weight_source(self)
 
     def _ready(self) -> dict[str, Slot]:
-        found = self._slots()
+        """Plan a pass and check all that can be checked before its first tensor."""
+        everything = self._everything()
+        found = self._stored(everything)
         if not self.untie:
-            check_updates(slots(base_of(self.model), self._adapters()))
+            check_updates(everything)
         if self.check_finite:
             self._finite(found.values(), self.dtype)
         return found
 
-    def _adapters(self) -> tuple[str, ...] | None:
-        return pick_adapters(self.model, self.adapter)
-
     def _slots(self) -> dict[str, Slot]:
+        return self._stored(self._everything())
+
+    def _everything(self) -> list[Slot]:
+        return slots(base_of(self.model), pick_adapters(self.model, self.adapter))
+
+    def _stored(self, everything: list[Slot]) -> dict[str, Slot]:
+        """What the checkpoint stores: without tied aliases and what transformers never saves."""
         base = base_of(self.model)
-        found = untied(base, slots(base, self._adapters()), untie=self.untie)
         ignored = getattr(base, "_keys_to_ignore_on_save", None) or ()
-        return {slot.name: slot for slot in found if slot.name not in ignored}
+        kept = untied(base, everything, untie=self.untie)
+        return {slot.name: slot for slot in kept if slot.name not in ignored}
 
     def _groups(self, found: dict[str, Slot]) -> list[Group]:
         key = [(slot.name, self._dtype(slot), slot.shape) for slot in found.values()]

@@ -18,6 +18,9 @@ Adapters = tuple[str, ...] | None
 """The adapters that are asked for by name; ``None`` means each layer's active ones."""
 
 
+_ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
 def unwrap(model: Any) -> nn.Module:
     """Take off DeepSpeed's engine, DDP, FSDP1 and `torch.compile`.
 
@@ -73,7 +76,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     """
     base = base_of(model)
     known = sorted(getattr(model, "peft_config", None) or getattr(base, "peft_config", None) or {})
-    layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, _ADAPTER_MODULES)]
     _refuse_kinds(model)
     if not layers:
         fix = "Wrap it with peft.get_peft_model first, or pass the PEFT model, not its base."
@@ -84,14 +87,12 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
             raise AdapterError(
                 f"adapter: got {name!r}, expected one of {known}. Adapter names are as in add_adapter."
             )
-    _refuse_states(base)
+    _refuse_states(layers)
     return wanted
 
 
-def _refuse_states(base: nn.Module) -> None:
-    for name, layer in base.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+def _refuse_states(layers: list[tuple[str, Any]]) -> None:
+    for name, layer in layers:
         if layer.merged_adapters:
             raise AdapterError(
                 f"{name}: got adapters {layer.merged_adapters} merged into the weights, expected none. "
@@ -110,6 +111,11 @@ def _refuse_kinds(model: nn.Module) -> None:
             raise UnmergeableError(
                 f"adapter {name!r}: got {kind}, expected a method that changes weights. It acts on "
                 "activations, so no weights stand for it: serve it with PEFT, or train LoRA instead."
+            )
+        if getattr(config, "layer_replication", None):
+            raise UnmergeableError(
+                f"adapter {name!r}: got layer_replication, expected none: replicated layers share one base weight "
+                "and differ in their adapters, which PEFT can't merge. Copy the layers before training."
             )
 
 
