@@ -280,6 +280,24 @@ class LowRank:
     exact: bool = False
 
 
+def low_rank_shape(how: LowRank, a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
+    """Say which weight two factors are for, from their shapes alone; ``None`` where they don't multiply.
+
+    Example:
+        >>> low_rank_shape(LowRank("embedding", 1.0), (4, 100), (16, 4))
+        (100, 16)
+    """
+    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or a[0] % how.experts:
+        return None
+    if how.kind == "conv":
+        return (b[0], *a[1:])
+    plain = (b[0], a[1])
+    if how.kind == "experts" and how.experts > 1:
+        return (how.experts, *(plain[::-1] if how.transposed else plain))
+    flipped = how.kind == "embedding" or (how.kind == "linear" and how.transposed)
+    return plain[::-1] if flipped else plain
+
+
 def low_rank_delta(how: LowRank, lora_a: Tensor, lora_b: Tensor, *, exact: bool = False) -> Tensor:
     """Compute s·B·A in the weight's layout, for any kind of layer.
 

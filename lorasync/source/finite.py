@@ -31,7 +31,7 @@ class FiniteCheck:
     dtype: where that is possible at all, the module is merged once to see.
     """
 
-    _seen: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+    _seen: dict[str, tuple[tuple[int, int, int], float]] = field(default_factory=dict)
 
     def __call__(self, slots: Iterable[Slot], dtype: torch.dtype | None) -> None:
         """Check what these slots are made of, and that their merge fits ``dtype``.
@@ -49,22 +49,21 @@ class FiniteCheck:
         Raises:
             NonFiniteError: With the name of every bad tensor.
         """
-        peaks = [self._peak(tensor) for _, tensor in named]
+        peaks = [self._peak(name, tensor) for name, tensor in named]
         if any(is_sharded(tensor) for _, tensor in named):
             peaks = _everywhere(peaks)
         found = dict(zip([name for name, _ in named], peaks, strict=True))
         _refuse([name for name, peak in found.items() if not math.isfinite(peak)])
         return found
 
-    def _peak(self, tensor: Tensor) -> float:
+    def _peak(self, name: str, tensor: Tensor) -> float:
         if tensor.requires_grad:
             return _peak(tensor)
         local = _local(tensor)
-        version, pointer, peak = self._seen.get(id(tensor), (-1, -1, 0.0))
-        if (version, pointer) != (local._version, local.data_ptr()):
-            peak = _peak(tensor)
-            self._seen[id(tensor)] = (local._version, local.data_ptr(), peak)
-        return peak
+        state = (id(tensor), local._version, local.data_ptr())
+        if name not in self._seen or self._seen[name][0] != state:
+            self._seen[name] = (state, _peak(tensor))
+        return self._seen[name][1]
 
 
 def _refuse(bad: list[str]) -> None:

@@ -127,6 +127,8 @@ class MergedSource:
             check_updates(everything)
         if self.check_finite:
             self._finite(found.values(), self.dtype)
+        else:
+            _try_general(found.values())
         return found
 
     def _slots(self) -> dict[str, Slot]:
@@ -166,6 +168,14 @@ class MergedSource:
                 f"{name} is not what metadata() said"
             )
             yield name, tensor
+
+
+def _try_general(found: Iterable[Slot]) -> None:
+    """Merge one module of each kind that PEFT merges itself, so that a refusal comes first."""
+    kinds = {type(slot.general.layers[-1]): slot for slot in found if slot.general is not None}
+    for slot in kinds.values():
+        with gathered(slot.params):
+            slot.exact()
 
 
 def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[tuple[list[Group], list[Tensor]]]:

@@ -47,7 +47,9 @@ def unwrap(model: Any) -> nn.Module:
 def _inner(model: Any) -> Any:
     if isinstance(model, PeftModel):
         return None
-    held = model.__dict__.get("_modules", {}) if isinstance(model, nn.Module) else vars(model)
+    held = (
+        model.__dict__.get("_modules", {}) if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
+    )
     for name in ("module", "_orig_mod", "_fsdp_wrapped_module"):
         if isinstance(held.get(name), nn.Module) and (len(held) == 1 or _is_engine(model)):
             return held[name]
@@ -114,8 +116,8 @@ def _refuse_kinds(model: nn.Module) -> None:
             )
         if getattr(config, "layer_replication", None):
             raise UnmergeableError(
-                f"adapter {name!r}: got layer_replication, expected none: replicated layers share one base weight "
-                "and differ in their adapters, which PEFT can't merge. Copy the layers before training."
+                f"adapter {name!r}: got layer_replication, expected none: replicated layers share one base "
+                "weight and differ in their adapters, which PEFT can't merge. Copy layers before training."
             )
 
 

@@ -11,10 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lorasync.merge import NEAREST, Nearest, Rounding
+from lorasync.errors import Mismatch, MismatchError
+from lorasync.merge import NEAREST, Nearest, Rounding, low_rank_shape
 from lorasync.source import layers, replica
 from lorasync.source.base import is_quantized, logical, read, tensor_of, tensors_of
 from lorasync.source.model import submodules
+from lorasync.zero import full_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,8 +106,25 @@ def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:
 
     Raises:
         UnmergeableError: An adapter has no merged form.
+        MismatchError: Factors have shapes that don't fit their weights; all of them are named.
     """
-    return list(_Walk(adapters, _int8_dtype(base)).module(base, ""))
+    found = list(_Walk(adapters, _int8_dtype(base)).module(base, ""))
+    wrong = [mismatch for slot in found for step in slot.steps for mismatch in _misfits(slot, step)]
+    if wrong:
+        raise MismatchError("The adapter's tensors don't fit the base.", wrong)
+    return found
+
+
+def _misfits(slot: Slot, step: layers.Step) -> Iterator[Mismatch]:
+    """What is wrong with the shapes of one step; nothing is gathered."""
+    if step.how is None:
+        return
+    a, b = (tuple(full_shape(param)) for param in step.params[:2])
+    made = low_rank_shape(step.how, a, b)
+    if made != slot.shape:
+        got = f"A {a} and B {b} for a weight of {made}" if made else f"A {a} and B {b}, which don't multiply"
+        fix = "Is this adapter for another base, or damaged?"
+        yield Mismatch(f"{slot.name} ({step.adapter})", got, f"factors of {slot.shape}", fix)
 
 
 @dataclass(frozen=True)
