@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from lorasync.wire import as_bytes
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,78 @@ def logprob_gap(
 
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0)
     outputs = llm.generate(list(prompts), greedy, use_tqdm=False, **(request or {}))
-    served, trained = [], []
-    for output in outputs:
-        answer = output.outputs[0]
-        served.append(torch.tensor([lp[t].logprob for lp, t in zip(answer.logprobs, answer.token_ids, strict=True)]))
-        trained.append(token_logprobs(model, list(output.prompt_token_ids), list(answer.token_ids)))
-    gap = (torch.cat(served).double() - torch.cat(trained).double()).abs()
+    pairs = [(list(o.prompt_token_ids), list(o.outputs[0].token_ids)) for o in outputs]
+    served = [
+        torch.tensor([lp[token].logprob for lp, token in zip(o.outputs[0].logprobs, answer, strict=True)])
+        for o, (_, answer) in zip(outputs, pairs, strict=True)
+    ]
+    gap = (torch.cat(served).double() - torch.cat(token_logprobs(model, pairs)).double()).abs()
     return LogprobGap(mean=float(gap.mean()), max=float(gap.max()), tokens=gap.numel())
 
 
-def token_logprobs(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The trainer's log-probabilities of ``answer`` after ``prompt``: fp32, shape ``(len(answer),)``, on the CPU."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([prompt + answer], device=device)
+def token_logprobs(
+    model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]], *, batch_size: int = 16
+) -> list[torch.Tensor]:
+    """The trainer's log-probabilities of each answer after its prompt.
+
+    Args:
+        model: a causal language model; only read, and left in the mode it was in.
+        pairs: token ids of prompts and answers; none of them empty.
+        batch_size: how many pairs go through the model at a time.
+
+    Returns:
+        for each pair a CPU tensor of shape ``(len(answer),)``, fp32, in nats.
+    """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+            return [logprobs for batch in batches for logprobs in _batch_logprobs(model, batch)]
     finally:
         model.train(was_training)
-    chosen = torch.tensor(answer, device=logits.device)
-    return torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0].cpu()
+
+
+def _batch_logprobs(model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    # Padded on the right: under causal attention no token sees the padding behind it.
+    rows = [torch.tensor(prompt + answer) for prompt, answer in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    found = []
+    for row, (prompt, answer) in zip(logits, pairs, strict=True):
+        span = row[len(prompt) - 1 : len(prompt) + len(answer) - 1].float()
+        chosen = torch.tensor(answer, device=span.device)
+        found.append(torch.log_softmax(span, dim=-1).gather(1, chosen[:, None])[:, 0].cpu())
+    return found
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """xxh3-128 over every parameter and buffer of the training model as it lies in memory.
+
+    Packed 4-bit weights, scales, adapters and buffers alike: the digest changes if any bit of them does, so
+    two equal digests around a sync show that the sync left the model alone.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> before = model_digest(layer)
+        >>> layer.weight.data += 1
+        >>> model_digest(layer) == before
+        False
+    """
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(as_bytes(tensor).cpu().numpy().data)
+        for scale in _quantization_scales(tensor):
+            state.update(as_bytes(scale).cpu().numpy().data)
+    return str(state.hexdigest())
+
+
+def _quantization_scales(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside the packed weight, as plain attributes of it."""
+    quant_state = getattr(tensor, "quant_state", None)
+    if quant_state is not None:
+        return [t for t in quant_state.as_dict(packed=True).values() if isinstance(t, torch.Tensor)]
+    return [t for t in (getattr(tensor, "CB", None), getattr(tensor, "SCB", None)) if isinstance(t, torch.Tensor)]

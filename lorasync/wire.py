@@ -162,11 +162,11 @@ def unpack(payload: bytes) -> dict[str, torch.Tensor]:
 
 
 def digest(tensors: Tensors) -> str:
-    """xxh3-128 over names, dtypes, shapes and bytes, in order; equal on both sides of the wire."""
+    """xxh3-128 over names, dtypes, shapes and bytes, sorted by name; equal on both sides of the wire."""
     import xxhash
 
     state = xxhash.xxh3_128()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         state.update(f"{name}|{dtype_name(tensor.dtype)}|{tuple(tensor.shape)}|".encode())
         state.update(as_bytes(tensor).cpu().numpy().data)
     return str(state.hexdigest())

@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
@@ -106,6 +107,7 @@ class Sync:
             if self._is_sender:
                 self._target: Target = target_of(target, timeout=timeout)
                 self._mailbox = Mailbox.create()
+                weakref.finalize(self, self._mailbox.remove)
                 self._shake_hands(manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
 
     def send_weights(self) -> SyncReport:
@@ -169,7 +171,9 @@ class Sync:
             for _ in stream:  # the other trainer ranks are in its collectives
                 pass
             raise
+        committing = time.perf_counter()
         self._commit(version)
+        totals.apply += time.perf_counter() - committing
         self._target.reset_prefix_cache()
         return totals.report(version, self._ranks, time.perf_counter() - began)
 

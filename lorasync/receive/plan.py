@@ -237,7 +237,9 @@ def _diagnosis(
 def _mismatch(entry: ManifestEntry, cause: Exception) -> Mismatch:
     name, dtype, shape = entry
     got = f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
-    text = str(cause).strip() or f"{type(cause).__name__} in the engine's loader (a shape that does not fit)"
+    # vLLM's message goes on to list every parameter of the model.
+    text = str(cause).partition(" The available parameters")[0].strip()
+    text = text or f"{type(cause).__name__} in the engine's loader (a shape that does not fit)"
     if name.startswith("base_model."):
         return Mismatch(name, got, f"a checkpoint name ({text})", "Map it with lorasync.checkpoint_name first.")
     return Mismatch(name, got, text, "Is this engine serving the model that was trained?")
