@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorasync.kernels.tune import Config
 
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-CANCELLED = {torch.bfloat16: 2.0**-13, torch.float16: 2.0**-10, torch.float32: 0.0}
-"""Below this share of W a merged element is computed again in fp64: fp32's error is half an ulp there."""
+CANCELLED = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-11, torch.float32: 0.0}
+"""Below this share of its row's largest delta an element is computed again in fp64: fp32's error nears an ulp."""
 
 AMAX_CHUNKS, AMAX_ROWS, AMAX_COLS, FACTOR_BLOCK, MEND_PROGRAMS = 16, 64, 64, 128, 1024
 
@@ -63,7 +63,7 @@ class Launch:
     def __init__(self, variant: Variant, jobs: Sequence[MergeJob], config: Config) -> None:
         self.variant, self.config = variant, config
         self._factors = [_factors(job, variant.factor_dtype) for job in jobs]
-        self._constants = _constants(variant, config)
+        self._constants = _constants(variant, jobs, config)
         self._buffers = _buffers(variant, jobs, config)
         rows, strips = _table(variant, jobs, [pair for pair, _ in self._factors], self._buffers, config)
         self.n_jobs, self.n_strips = len(rows), sum(strips)
@@ -119,7 +119,7 @@ class Launch:
 
     def _mend(self, jobs: Tensor, strip_jobs: Tensor) -> None:
         cancelled = self._buffers["cancelled"]
-        skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES")
+        skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES", "EVEN", "ASM", "HIGH_BITS")
         constants = {name: value for name, value in self._constants.items() if name not in skipped}
         mend_rows[(MEND_PROGRAMS,)](
             jobs, strip_jobs, cancelled, cancelled.numel() - 1, PROGRAMS=MEND_PROGRAMS, enable_fp_fusion=False, **constants
@@ -142,7 +142,8 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
 
 def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
     """Pick the tile shape: what was measured here before, else measured now (``tune``), else what is shipped."""
-    choices = tuning.candidates(split=variant.split)
+    size = variant.factor_dtype.itemsize
+    choices = tuning.candidates(variant.r_pad, size, aligned=variant.aligned)
     key = _tuning_key(variant)
     stored = tuning.known(key)
     if stored is not None or not tune:
@@ -198,7 +199,7 @@ def _factors(job: MergeJob, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], 
     return (lora_a, lora_b), given
 
 
-def _constants(variant: Variant, config: Config) -> dict[str, Any]:
+def _constants(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Any]:
     return {
         "KIND": variant.kind,
         "W_TYPE": TRITON_TYPES[variant.base_dtype],
@@ -216,10 +217,19 @@ def _constants(variant: Variant, config: Config) -> dict[str, Any]:
         "LIMIT": CANCELLED[variant.out_dtype],
         "BM": config.bm,
         "BN": config.bn,
-        "RK": min(config.rk, variant.r_pad),
+        "RK": config.rk,
         "STRIP": config.strip,
         "STAGES": config.stages,
+        "EVEN": variant.aligned and _even(jobs, variant, config),
+        "HIGH_BITS": 8 if variant.out_dtype == torch.bfloat16 else 11,
+        "ASM": variant.device.type == "cuda",
     }
+
+
+def _even(jobs: Sequence[MergeJob], variant: Variant, config: Config) -> bool:
+    """Whether every tile of every job is whole, and every rank the padded one."""
+    whole = all(not (job.out.shape[0] % config.bm or job.out.shape[1] % config.bn) for job in jobs)
+    return whole and all(job.lora_a.shape[0] == variant.r_pad for job in jobs)
 
 
 def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Tensor]:

@@ -93,19 +93,29 @@ def _base(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr):
 
 
 @triton.jit
-def _plain_tile(base, rm, rn, mask, ALIGNED: tl.constexpr):
+def _inside(rm, rn, rows, cols, EVEN: tl.constexpr):
+    """The mask of a tile; where every tile is whole a constant, which the compiler drops."""
+    if EVEN:
+        mask = tl.full((rm.shape[0], rn.shape[0]), 1, tl.int1)
+    else:
+        mask = (rm < rows)[:, None] & (rn < cols)[None, :]
+    return mask
+
+
+@triton.jit
+def _plain_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
     """A tile of a plain base, as stored."""
     if ALIGNED:
         ptrs = tl.multiple_of(base[0] + rm[:, None] * base[1] + rn[None, :], (1, 16))
     else:
         ptrs = base[0] + rm[:, None] * base[1] + rn[None, :] * base[2]
-    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+    return tl.load(ptrs, mask=_inside(rm, rn, rows, cols, EVEN), other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _int8_tile(base, rm, rn, rows, mask, ALIGNED: tl.constexpr):
+def _int8_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
     """A tile of a Linear8bitLt weight, dequantized in fp32 in bitsandbytes' order: (q · SCB) · (1/127)."""
-    q = _plain_tile(base, rm, rn, mask, ALIGNED)
+    q = _plain_tile(base, rm, rn, rows, cols, ALIGNED, EVEN)
     scb = tl.load(base[3] + rm, mask=rm < rows, other=0.0)
     return q.to(tl.int32).to(tl.float32) * scb[:, None] * INV_127
 
@@ -116,25 +126,30 @@ def _absmax(base, index, mask, NESTED: tl.constexpr):
     if NESTED:
         q = tl.load(base[3] + index, mask=mask, other=0).to(tl.int32)
         outer = tl.load(base[6][0] + index // NESTED_BLOCK, mask=mask, other=0.0)
-        return tl.load(base[6][1] + q, mask=mask, other=0.0) * outer + base[6][2]
-    return tl.load(base[3] + index, mask=mask, other=0.0)
+        scale = tl.load(base[6][1] + q, mask=mask, other=0.0) * outer + base[6][2]
+    else:
+        scale = tl.load(base[3] + index, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit
-def _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _packed_tile_flat(
+    base, rm, rows, cols, tile_n, BLOCK: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """A tile of a 4-bit base whose quantization blocks lie inside rows: by words of 8, one scale a block."""
     words_in_row = tl.multiple_of(cols // 8, 4)
     start = rm * base[1] + base[5] + tile_n * BN
-    rw = tile_n * (BN // 8) + tl.arange(0, BN // 8)
-    mask = (rm < rows)[:, None] & (rw < words_in_row)[None, :]
-    ptrs = base[0].to(tl.pointer_type(tl.int32)) + (start // 8)[:, None] + tl.arange(0, BN // 8)[None, :]
+    column = tl.arange(0, BN // 8)
+    mask = _inside(rm, tile_n * (BN // 8) + column, rows, words_in_row, EVEN)
+    ptrs = base[0].to(tl.pointer_type(tl.int32)) + (start // 8)[:, None] + column[None, :]
     words = tl.load(tl.multiple_of(ptrs, (1, 16)), mask=mask, other=0, eviction_policy="evict_first")
     index = _nibbles(words).reshape((BM * BN,))
     values = tl.gather(base[4], index, 0).reshape((BM, BN))
     if BLOCK < BN:
         blocks = tl.arange(0, BN // BLOCK)
-        inside = tile_n * (BN // 8) + blocks * (BLOCK // 8) < words_in_row
-        absmax = _absmax(base, (start // BLOCK)[:, None] + blocks[None, :], (rm < rows)[:, None] & inside[None, :], NESTED)
+        inside = _inside(rm, tile_n * (BN // 8) + blocks * (BLOCK // 8), rows, words_in_row, EVEN)
+        absmax = _absmax(base, (start // BLOCK)[:, None] + blocks[None, :], inside, NESTED)
         scale = tl.broadcast_to(absmax[:, :, None], (BM, BN // BLOCK, BLOCK)).reshape((BM, BN))
     else:
         scale = _absmax(base, start // BLOCK, rm < rows, NESTED)[:, None]
@@ -154,8 +169,9 @@ def _nibbles(words):
 
 
 @triton.jit
-def _packed_tile(job, base, rm, rn, mask, BLOCK: tl.constexpr, NESTED: tl.constexpr):
+def _packed_tile(job, base, rm, rn, rows, cols, BLOCK: tl.constexpr, NESTED: tl.constexpr):
     """A tile of any 4-bit base, element by element."""
+    mask = _inside(rm, rn, rows, cols, False)
     flat = rm[:, None] * base[1] + base[5] + rn[None, :]
     packed = tl.load(base[0] + flat // 2, mask=mask, other=0).to(tl.int32)
     nibble = tl.where(flat % 2 == 0, packed >> 4, packed & 15)
@@ -165,18 +181,17 @@ def _packed_tile(job, base, rm, rn, mask, BLOCK: tl.constexpr, NESTED: tl.conste
 @triton.jit
 def _base_tile(
     job, base, tile_n, rm, rn, rows, cols, KIND: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of W in the dtype that it is stored in or dequantized to."""
-    mask = (rm < rows)[:, None] & (rn < cols)[None, :]
     if KIND == 0:
-        w = _plain_tile(base, rm, rn, mask, ALIGNED)
+        w = _plain_tile(base, rm, rn, rows, cols, ALIGNED, EVEN)
     elif KIND == 2:
-        w = _int8_tile(base, rm, rn, rows, mask, ALIGNED).to(W_TYPE)
+        w = _int8_tile(base, rm, rn, rows, cols, ALIGNED, EVEN).to(W_TYPE)
     elif ALIGNED:
-        w = _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK, NESTED, BM, BN).to(W_TYPE)
+        w = _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK, NESTED, EVEN, BM, BN).to(W_TYPE)
     else:
-        w = _packed_tile(job, base, rm, rn, mask, BLOCK, NESTED).to(W_TYPE)
+        w = _packed_tile(job, base, rm, rn, rows, cols, BLOCK, NESTED).to(W_TYPE)
     return w
 
 
@@ -188,35 +203,43 @@ def _factors(job, AB_TYPE: tl.constexpr):
 
 
 @triton.jit
-def _left_tile(factors, rm, rk, rows, r, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
+def _left_tile(
+    factors, rm, rk, rows, r, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr, EVEN: tl.constexpr
+):
     """Rows of the left factor of the delta: of B, or of Aᵀ for fan_in_fan_out."""
     if TRANS:
-        return tl.trans(_a_tile(factors, rk, rm, r, rows, ALIGNED))
-    return _b_tile(factors, rm, rk, rows, r, R_ALIGNED)
+        tile = tl.trans(_a_tile(factors, rk, rm, r, rows, ALIGNED, EVEN))
+    else:
+        tile = _b_tile(factors, rm, rk, rows, r, R_ALIGNED, EVEN)
+    return tile
 
 
 @triton.jit
-def _right_tile(factors, rk, rn, r, cols, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
+def _right_tile(
+    factors, rk, rn, r, cols, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr, EVEN: tl.constexpr
+):
     """Columns of the right factor of the delta: of A, or of Bᵀ for fan_in_fan_out."""
     if TRANS:
-        return tl.trans(_b_tile(factors, rn, rk, cols, r, R_ALIGNED))
-    return _a_tile(factors, rk, rn, r, cols, ALIGNED)
+        tile = tl.trans(_b_tile(factors, rn, rk, cols, r, R_ALIGNED, EVEN))
+    else:
+        tile = _a_tile(factors, rk, rn, r, cols, ALIGNED, EVEN)
+    return tile
 
 
 @triton.jit
-def _a_tile(factors, rk, rn, r, n_in, ALIGNED: tl.constexpr):
+def _a_tile(factors, rk, rn, r, n_in, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
     ptrs = factors[0] + rk[:, None] * factors[1] + rn[None, :]
     if ALIGNED:
         ptrs = tl.multiple_of(ptrs, (1, 16))
-    return tl.load(ptrs, mask=(rk < r)[:, None] & (rn < n_in)[None, :], other=0.0)
+    return tl.load(ptrs, mask=_inside(rk, rn, r, n_in, EVEN), other=0.0)
 
 
 @triton.jit
-def _b_tile(factors, rn, rk, n_out, r, R_ALIGNED: tl.constexpr):
+def _b_tile(factors, rn, rk, n_out, r, R_ALIGNED: tl.constexpr, EVEN: tl.constexpr):
     ptrs = factors[2] + rn[:, None] * factors[3] + rk[None, :]
     if R_ALIGNED:
         ptrs = tl.multiple_of(ptrs, (1, 16))
-    return tl.load(ptrs, mask=(rn < n_out)[:, None] & (rk < r)[None, :], other=0.0)
+    return tl.load(ptrs, mask=_inside(rn, rk, n_out, r, EVEN), other=0.0)
 
 
 @triton.jit
@@ -232,9 +255,13 @@ def _power(field):
 
 
 @triton.jit
-def _halves(x, scale):
+def _halves(x, scale, HIGH_BITS: tl.constexpr):
+    """The leading bits of x · scale and the next 11, both exact in fp16."""
     scaled = x * scale
-    high = scaled.to(tl.float16)
+    high = scaled
+    if HIGH_BITS == 8:
+        high = ((scaled.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    high = high.to(tl.float16)
     return high, (scaled - high.to(tl.float32)).to(tl.float16)
 
 
@@ -255,11 +282,12 @@ def _scales(job, SPLIT: tl.constexpr, TRANS: tl.constexpr):
 
 
 @triton.jit
-def _product(left, right, acc, scale_left, scale_right, SPLIT: tl.constexpr):
-    """Add left · right to ``acc`` in fp32; fp32 factors in three products of halves, small ones first."""
+def _product(left, right, acc, scale_left, scale_right, SPLIT: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """Add left · right to ``acc`` in fp32; fp32 factors in four products of halves, small ones first."""
     if SPLIT:
-        left_high, left_low = _halves(left, scale_left)
-        right_high, right_low = _halves(right, scale_right)
+        left_high, left_low = _halves(left, scale_left, HIGH_BITS)
+        right_high, right_low = _halves(right, scale_right, HIGH_BITS)
+        acc = tl.dot(left_low, right_low, acc)
         acc = tl.dot(left_low, right_high, acc)
         acc = tl.dot(left_high, right_low, acc)
         acc = tl.dot(left_high, right_high, acc)
@@ -274,6 +302,23 @@ def _round_to_odd(x, rest):
     xi = x.to(tl.int32, bitcast=True)
     toward_zero = xi + ((xi ^ rest.to(tl.int32, bitcast=True)) >> 31)
     return tl.where(rest != 0, toward_zero | 1, xi).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fma_to_odd(a, b, c):
+    """a · b + c in fp32 rounded to odd: of its roundings down and up the one whose last bit is set."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 down, up, bit;
+        fma.rm.f32 down, $1, $2, $3;
+        fma.rp.f32 up, $1, $2, $3;
+        and.b32 bit, down, 1;
+        setp.ne.b32 p, bit, 0;
+        selp.b32 $0, down, up, p;
+        }""",
+        "=r,r,r,r", [a, b, c], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -294,12 +339,24 @@ def _out(job, OUT_TYPE: tl.constexpr):
 
 
 @triton.jit
-def _store(out, rm, rn, rows, cols, x, ALIGNED: tl.constexpr):
+def _store(out, rm, rn, rows, cols, x, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
     if ALIGNED:
         ptrs = tl.multiple_of(out[0] + rm[:, None] * out[1] + rn[None, :], (1, 16))
     else:
         ptrs = out[0] + rm[:, None] * out[1] + rn[None, :] * out[2]
-    tl.store(ptrs, x.to(out[0].dtype.element_ty), mask=(rm < rows)[:, None] & (rn < cols)[None, :])
+    tl.store(ptrs, x.to(out[0].dtype.element_ty), mask=_inside(rm, rn, rows, cols, EVEN))
+
+
+@triton.jit
+def _note_cancelled(cancelled, capacity, first_entry, x, acc, s, inside, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Append the rows in which an element is less than LIMIT of the row's largest delta."""
+    size = tl.abs(x)
+    if not EVEN:
+        size = tl.where(inside, size, float("inf"))
+    found = tl.min(size, axis=1) < tl.max(tl.abs(acc), axis=1) * (LIMIT * tl.abs(s))
+    place = tl.atomic_add(cancelled + tl.zeros((x.shape[0],), tl.int32), 1, mask=found, sem="relaxed")
+    entry = first_entry + tl.arange(0, x.shape[0])
+    tl.store(cancelled + 1 + place, entry, mask=found & (place < capacity))
 
 
 @triton.jit
@@ -308,64 +365,68 @@ def merge_tiles(
     AB_TYPE: tl.constexpr, SPLIT: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr,
     R_ALIGNED: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DORA: tl.constexpr,
     NORM: tl.constexpr, EXACT: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    RK: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    RK: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, HIGH_BITS: tl.constexpr,
 ):  # fmt: skip
     """Merge a strip of up to STRIP tiles side by side; with NORM write only its parts of the DoRA norm.
 
     KIND is 0 for a plain base, 1 for 4-bit, 2 for int8. Rows of a tile in which W and the delta cancel to less than
-    LIMIT of W are appended to ``cancelled``, a counter and up to ``capacity`` entries, for `mend_rows`.
+    LIMIT of the row's largest delta are appended to ``cancelled``, a counter and up to ``capacity`` entries, for `mend_rows`.
     """
     strip = tl.program_id(0)
     job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
     local = (strip - tl.load(job + FIRST_STRIP)).to(tl.int32)
     rows, cols, r = _extent(job, ALIGNED, R_ALIGNED)
     base, factors, out = _base(job, KIND, W_TYPE, NESTED), _factors(job, AB_TYPE), _out(job, OUT_TYPE)
-    partial, dora = _pointer(job, PARTIAL, tl.float32), _pointer(job, FACTOR, tl.float32)
     tiles_n = ((cols + BN - 1) // BN).to(tl.int32)
     strips_n = (tiles_n + STRIP - 1) // STRIP
     tile_m, first = local // strips_n, (local % strips_n) * STRIP
     rm = tile_m * BM + tl.arange(0, BM)
     s, scale_left, scale_right = _scales(job, SPLIT, TRANS)
     if R_PAD == RK:
-        left = _left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED)
+        left = _left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
     for tile_n in tl.range(first, tl.minimum(first + STRIP, tiles_n), num_stages=STAGES):
         rn = tile_n * BN + tl.arange(0, BN)
-        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, BLOCK, NESTED, BM, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, EVEN, BLOCK, NESTED, BM, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         for k in tl.static_range(0, R_PAD, RK):
             rk = k + tl.arange(0, RK)
             if R_PAD != RK:
-                left = _left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED)
-            right = _right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED)
-            acc = _product(left, right, acc, scale_left, scale_right, SPLIT)
+                left = _left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
+            right = _right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED, EVEN)
+            acc = _product(left, right, acc, scale_left, scale_right, SPLIT, HIGH_BITS)
         w = w.to(tl.float32)
-        factor = tl.broadcast_to(s, acc.shape)
-        x = tl.fma(acc, factor, w)
+        scale = tl.broadcast_to(s, acc.shape)
         if NORM:
-            square = tl.where((rm < rows)[:, None] & (rn < cols)[None, :], x * x, 0.0)
+            square = tl.fma(acc, scale, w)
+            square = tl.where(_inside(rm, rn, rows, cols, EVEN), square * square, 0.0)
+            partial = _pointer(job, PARTIAL, tl.float32)
             if TRANS:
                 tiles_m = (rows + BM - 1) // BM
                 tl.store(partial + rn * tiles_m + tile_m, tl.sum(square, axis=0), mask=rn < cols)
             else:
                 tl.store(partial + rm * tiles_n + tile_n, tl.sum(square, axis=1), mask=rm < rows)
         else:
+            if EXACT and ASM and not DORA:
+                x = _fma_to_odd(acc, scale, w)
+            else:
+                x = tl.fma(acc, scale, w)
             if LIMIT > 0:
-                worst = tl.max(tl.fma(tl.abs(w), tl.full(w.shape, LIMIT, tl.float32), -tl.abs(x)), axis=1)
-                place = tl.atomic_add(cancelled + tl.zeros((BM,), tl.int32), 1, mask=worst > 0, sem="relaxed")
-                entry = (strip.to(tl.int64) * STRIP + tile_n - first) * BM + tl.arange(0, BM)
-                tl.store(cancelled + 1 + place, entry, mask=(worst > 0) & (place < capacity))
-            rest = tl.zeros_like(x)
-            if EXACT:
-                rest = tl.fma(acc, factor, w - x)
+                first_entry = (strip.to(tl.int64) * STRIP + tile_n - first) * BM
+                inside = _inside(rm, rn, rows, cols, EVEN)
+                _note_cancelled(cancelled, capacity, first_entry, x, acc, s, inside, LIMIT, EVEN)
             if DORA:
-                f_high, f_low = _dora_factors(dora, rm, rn, rows, cols, TRANS)
+                rest = tl.fma(acc, scale, w - x)
+                f_high, f_low = _dora_factors(_pointer(job, FACTOR, tl.float32), rm, rn, rows, cols, TRANS)
                 f_high = tl.broadcast_to(f_high, x.shape)
                 y = x * f_high
                 rest = tl.fma(x, f_high, -y) + rest * f_high + x * f_low
-                x = y
-            if EXACT:
-                x = _round_to_odd(x, rest)
-            _store(out, rm, rn, rows, cols, x, ALIGNED)
+                if EXACT:
+                    x = _round_to_odd(y, rest)
+                else:
+                    x = y + rest
+            elif EXACT and not ASM:
+                x = _round_to_odd(x, tl.fma(acc, scale, w - x))
+            _store(out, rm, rn, rows, cols, x, ALIGNED, EVEN)
 
 
 @triton.jit
@@ -387,12 +448,12 @@ def mend_rows(
         strips_n = (cols + BN * STRIP - 1) // (BN * STRIP)
         tile_m, tile_n = local // strips_n, (local % strips_n) * STRIP + entry // BM % STRIP
         rm, rn = tile_m * BM + entry % BM + tl.arange(0, 1), tile_n * BN + tl.arange(0, BN)
-        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, BLOCK, NESTED, 1, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, False, BLOCK, NESTED, 1, BN)
         total = tl.zeros((1, BN), tl.float64)
         for k in range(0, R_PAD, 16):
             rk = k + tl.arange(0, 16)
-            left = _left_tile(factors, rm, rk, rows, r, TRANS, False, False).to(tl.float64)
-            right = _right_tile(factors, rk, rn, r, cols, TRANS, False, False).to(tl.float64)
+            left = _left_tile(factors, rm, rk, rows, r, TRANS, False, False, False).to(tl.float64)
+            right = _right_tile(factors, rk, rn, r, cols, TRANS, False, False, False).to(tl.float64)
             total += tl.sum(tl.trans(left) * right, axis=0)[None, :]
         s = tl.load(job + SCALING).to(tl.float64, bitcast=True)
         exact = w.to(tl.float64) + s * total
@@ -402,7 +463,7 @@ def mend_rows(
             exact = exact * (f_high.to(tl.float64) + f_low.to(tl.float64))
         high = exact.to(tl.float32)
         x = _round_to_odd(high, (exact - high.to(tl.float64)).to(tl.float32))
-        _store(_out(job, OUT_TYPE), rm, rn, rows, cols, x, ALIGNED)
+        _store(_out(job, OUT_TYPE), rm, rn, rows, cols, x, ALIGNED, False)
 
 
 @triton.jit

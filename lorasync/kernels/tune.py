@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, at most ``rk`` ranks at a time.
+    """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, ``rk`` ranks at a time.
 
     ``registers`` caps a thread's registers (0: no cap), so that more tiles fit on a multiprocessor. A program merges ``strip``
     tiles side by side and loads ``stages`` - 1 of them ahead.
@@ -29,24 +29,26 @@ class Config:
     stages: int = 3
 
 
-CANDIDATES = (
-    Config(128, 128, 8, 64),
-    Config(64, 128, 4, 64),
-    Config(128, 64, 4, 64),
-    Config(64, 256, 8, 64),
-    Config(128, 64, 8, 64),
-)
-SPLIT_CANDIDATES = (
-    Config(128, 128, 8, 32),
-    Config(128, 64, 4, 32),
-    Config(64, 128, 4, 32),
-    Config(128, 64, 8, 32),
+_SHAPES = (
+    (64, 64, 4, 128, 8, 3),
+    (128, 64, 8, 128, 8, 3),
+    (64, 64, 4, 0, 28, 3),
+    (64, 64, 4, 96, 8, 3),
+    (64, 128, 4, 168, 8, 3),
 )
 
 
-def candidates(*, split: bool) -> tuple[Config, ...]:
-    """List the tile shapes worth timing, the shipped choice first."""
-    return SPLIT_CANDIDATES if split else CANDIDATES
+def candidates(r_pad: int, factor_size: int, *, aligned: bool) -> tuple[Config, ...]:
+    """List the tile shapes worth timing for this padded rank and bytes of a factor's element, the shipped first.
+
+    Factors of up to 512 bytes a row are taken whole; longer ones in parts, and then nothing is loaded ahead, nor
+    where elements are loaded one by one.
+    """
+    if not aligned:
+        return (Config(64, 64, 4, min(r_pad, 64), 0, 8, 1),)
+    if r_pad * factor_size <= 512:
+        return tuple(Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in _SHAPES)
+    return (Config(64, 64, 4, 64, 128, 8, 1),)
 
 
 def cache_path() -> Path:

@@ -40,7 +40,9 @@ def packed(rows: int, cols: int, *, nested: bool = False, blocksize: int = 64) -
     code = NF4.cuda()
     if not nested:
         return PackedBase(data, torch.rand(blocks, device="cuda") * 0.05, code, blocksize, (rows, cols))
-    outer = NestedAbsmax(torch.rand(-(-blocks // 256), device="cuda") * 0.02, torch.randn(256, device="cuda"), 0.04)
+    outer = NestedAbsmax(
+        torch.rand(-(-blocks // 256), device="cuda") * 0.02, torch.randn(256, device="cuda"), 0.04
+    )
     absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
     return PackedBase(data, absmax, code, blocksize, (rows, cols), nested=outer)
 
@@ -149,7 +151,11 @@ def test_dora_and_fan_in_fan_out(shape: tuple[int, int, int], fan: bool, dtype: 
 
 def test_writes_only_its_slice() -> None:
     fused = torch.full((1536, 2048), 7.0, dtype=BF16, device="cuda")
-    for rows, cols in ((slice(256, 768), slice(0, 2048)), (slice(0, 512), slice(512, 1024)), (slice(3, 99), slice(5, 77))):
+    for rows, cols in (
+        (slice(256, 768), slice(0, 2048)),
+        (slice(0, 512), slice(512, 1024)),
+        (slice(3, 99), slice(5, 77)),
+    ):
         out = fused[rows, cols]
         check(MergeJob(out, plain(*out.shape), *factors(*out.shape, 16, BF16), scaling=2.0))
         out.fill_(7.0)
@@ -182,7 +188,12 @@ def test_cancelled_elements_are_right() -> None:
 def test_a_group_of_all_kinds_under_a_graph() -> None:
     jobs = []
     for rows, cols, r in SHAPES:
-        for base in (plain(rows, cols), packed(rows, cols), packed(rows, cols, nested=True), int8(rows, cols)):
+        for base in (
+            plain(rows, cols),
+            packed(rows, cols),
+            packed(rows, cols, nested=True),
+            int8(rows, cols),
+        ):
             for dtype in (BF16, FP32):
                 out = torch.empty(rows, cols, dtype=BF16, device="cuda")
                 jobs.append(MergeJob(out, base, *factors(rows, cols, r, dtype), scaling=2.0))
@@ -203,7 +214,12 @@ def test_a_group_of_all_kinds_under_a_graph() -> None:
 
 def test_agrees_with_the_torch_fallback() -> None:
     for base in (plain(512, 1024), packed(512, 1024), int8(512, 1024)):
-        job = MergeJob(torch.empty(512, 1024, dtype=BF16, device="cuda"), base, *factors(512, 1024, 16, FP32), scaling=2.0)
+        job = MergeJob(
+            torch.empty(512, 1024, dtype=BF16, device="cuda"),
+            base,
+            *factors(512, 1024, 16, FP32),
+            scaling=2.0,
+        )
         other = replace(job, out=torch.empty_like(job.out))
         merge_job(job)
         merge_in_torch(other)
