@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasync.errors import AdapterError, UngatheredError
+from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
 
 if TYPE_CHECKING:
@@ -30,19 +32,29 @@ def tensors_of(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def is_4bit(tensor: Tensor) -> bool:
-    """Whether this is bitsandbytes' packed 4-bit parameter."""
-    return hasattr(tensor, "quant_state") and hasattr(tensor, "quant_type")
+def packing(module: nn.Module, attr: str) -> str:
+    """Say how a tensor is held: "plain", "nf4", "fp4" or "int8".
+
+    Raises:
+        AdapterError: A 4-bit weight that was never quantized.
+    """
+    tensor = tensor_of(module, attr)
+    state = quant_state(module, attr)
+    if state is not None:
+        return str(state.quant_type)
+    if type(tensor).__name__ == "Params4bit":
+        raise AdapterError(
+            f"{attr}: got a 4-bit weight that was never quantized. Move the model to its device first."
+        )
+    return "int8" if type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8 else "plain"
 
 
-def is_8bit(tensor: Tensor) -> bool:
-    """Whether this is bitsandbytes' int8 parameter."""
-    return type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8
-
-
-def is_quantized(tensor: Tensor) -> bool:
-    """Whether reading this parameter means dequantizing it."""
-    return is_4bit(tensor) or is_8bit(tensor)
+def quant_state(module: nn.Module, attr: str) -> Any:
+    """Return bitsandbytes' state of a 4-bit weight, or None; under FSDP2 only the module still has it."""
+    state = getattr(tensor_of(module, attr), "quant_state", None)
+    if state is None and attr == "weight" and type(module).__name__ == "Linear4bit":
+        state = getattr(module, "quant_state", None)
+    return state
 
 
 def logical(module: nn.Module, attr: str, *, int8_dtype: torch.dtype) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -56,37 +68,39 @@ def logical(module: nn.Module, attr: str, *, int8_dtype: torch.dtype) -> tuple[t
     Raises:
         AdapterError: A 4-bit parameter that was never quantized.
     """
-    tensor = tensor_of(module, attr)
-    if is_4bit(tensor):
-        state = _quant_state(tensor, attr)
+    tensor, how = tensor_of(module, attr), packing(module, attr)
+    if how in ("nf4", "fp4"):
+        state = quant_state(module, attr)
         return state.dtype, tuple(state.shape)
-    return int8_dtype if is_8bit(tensor) else tensor.dtype, tuple(full_shape(tensor))
+    return int8_dtype if how == "int8" else tensor.dtype, tuple(full_shape(tensor))
 
 
 @torch.no_grad()
-def read(module: nn.Module, attr: str, *, name: str) -> Tensor:
+def read(module: nn.Module, attr: str, *, name: str, whole: Whole = AS_HELD) -> Tensor:
     """Read a parameter or buffer, dequantized; the result may share memory with the model, so only read it.
 
     Args:
         module: The module that owns it.
         attr: Its name there.
         name: What to call it in an error.
+        whole: Where to look up a gathered parameter.
 
     Raises:
         UngatheredError: This rank holds only a shard of it.
         AdapterError: A packed weight is in no state to be read.
     """
-    tensor = _onloaded(module, attr)
+    tensor = whole(_onloaded(module, attr))
     if is_sharded(tensor):
         raise UngatheredError(
             f"{name}: got a shard of shape {tuple(tensor.shape)}, expected the whole "
             f"{tuple(full_shape(tensor))}. Read it inside lorasync.zero.gathered()."
         )
-    if is_4bit(tensor):
-        return _dequantize_4bit(tensor, name)
-    if is_8bit(tensor):
+    how = packing(module, attr)
+    if how == "plain":
+        return tensor.detach()
+    if how == "int8":
         return _dequantize_8bit(module, tensor, name)
-    return tensor.detach()
+    return _dequantize_4bit(tensor, quant_state(module, attr), name)
 
 
 def _onloaded(module: nn.Module, attr: str) -> Tensor:
@@ -105,19 +119,9 @@ def _onloaded(module: nn.Module, attr: str) -> Tensor:
     )
 
 
-def _quant_state(tensor: Tensor, name: str) -> Any:
-    state = getattr(tensor, "quant_state", None)
-    if state is None:
-        raise AdapterError(
-            f"{name}: got a 4-bit weight that was never quantized. Move the model to its device first."
-        )
-    return state
-
-
-def _dequantize_4bit(tensor: Tensor, name: str) -> Tensor:
+def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    state = _quant_state(tensor, name)
     if getattr(state, "packing_format_for_cpu", False):
         raise AdapterError(
             f"{name}: got a weight that bitsandbytes repacked for AVX512 in an eval-mode forward, expected "
@@ -144,10 +148,9 @@ def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
 
 
 def _scales_of(module: nn.Module, tensor: Any, name: str) -> Tensor:
-    state: Any = getattr(module, "state", None)
-    scales: Tensor | None = (
-        tensor.SCB if getattr(tensor, "SCB", None) is not None else getattr(state, "SCB", None)
-    )
+    held: Any = getattr(module, "state", None)
+    scales: Tensor | None = getattr(tensor, "SCB", None)
+    scales = getattr(held, "SCB", None) if scales is None else scales
     if scales is None:
         raise AdapterError(
             f"{name}: got an int8 weight without its scales (SCB). Move the model to its device first."
@@ -155,12 +158,31 @@ def _scales_of(module: nn.Module, tensor: Any, name: str) -> Tensor:
     return scales
 
 
-def packed(module: nn.Module, attr: str, name: str) -> Iterator[tuple[str, Tensor]]:
+def scale_bound(module: nn.Module, attr: str) -> float | None:
+    """Bound |W| of a packed weight by its scales: codes lie within -1 and 1. None for a plain one."""
+    how = packing(module, attr)
+    if how == "plain":
+        return None
+    if how == "int8":
+        return _largest(_scales_of(module, tensor_of(module, attr), attr))
+    state = quant_state(module, attr)
+    if not state.nested:
+        return _largest(state.absmax)
+    return _largest(state.state2.absmax) + abs(float(state.offset))
+
+
+def _largest(scales: Tensor) -> float:
+    low, high = (float(x) for x in torch.aminmax(scales.detach()))
+    return math.nan if math.isnan(low) else max(-low, high)
+
+
+def packed(module: nn.Module, attr: str, name: str, whole: Whole) -> Iterator[tuple[str, Tensor]]:
     """Yield a quantized weight as bitsandbytes would save it, under the checkpoint name ``name``; copies."""
-    tensor: Any = tensor_of(module, attr)
+    tensor: Any = whole(tensor_of(module, attr))
     yield name, tensor.detach().clone()
-    if is_4bit(tensor):
-        state = _quant_state(tensor, name).as_dict(packed=True)
+    state = quant_state(module, attr)
+    if state is not None:
+        state = state.as_dict(packed=True)
         yield from ((f"{name}.{key}", value.detach().clone()) for key, value in state.items())
     else:
         yield f"{name.removesuffix('weight')}SCB", _scales_of(module, tensor, name).detach().clone()

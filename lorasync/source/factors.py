@@ -13,13 +13,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
 from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
-from lorasync.source.base import is_4bit, is_8bit, packed
+from lorasync.source.base import packed
 from lorasync.source.finite import FiniteCheck
 from lorasync.source.merged import ParamMeta
 from lorasync.source.model import base_of, pick_adapters, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.ties import conflicts, tied_to
-from lorasync.zero import full_shape, gathered
+from lorasync.source.whole import whole
+from lorasync.zero import full_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,9 +211,9 @@ class FactorSource:
         if self.check_finite:
             self._finite.inputs(list(tensors.items()))
         for names in blocks(list(tensors)):
-            with gathered([tensors[name] for name in names]):
+            with whole([tensors[name] for name in names]) as gathered:
                 for name in names:
-                    yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
+                    yield name, _copy(gathered(tensors[name]))
 
     def spec(self) -> FactorSpec:
         """Describe the adapter for its receiver; nothing is gathered."""
@@ -249,9 +250,9 @@ class FactorSource:
         found = slots(base, (self._adapter(),))
         names = _checkpoint_names(base, found)
         for slot in found:
-            if is_4bit(slot.held) or is_8bit(slot.held):
-                with gathered([slot.held]):
-                    yield from packed(slot.module, slot.attr, names[slot.name][0] or slot.name)
+            if slot.packing != "plain":
+                with whole([slot.held]) as gathered:
+                    yield from packed(slot.module, slot.attr, names[slot.name][0] or slot.name, gathered)
 
     def _adapter(self) -> str:
         chosen = pick_adapters(self.model, self.adapter)
@@ -333,7 +334,7 @@ class _Builder:
                 pieces=pieces,
                 dtype=str(slot.dtype).removeprefix("torch."),
                 shape=slot.shape,
-                base=_base_kind(slot.held),
+                base=slot.packing,
                 r=r,
                 a=wires[0],
                 b=wires[1],
@@ -341,6 +342,10 @@ class _Builder:
                 how=how,
             )
         )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _checkpoint_names(base: nn.Module, found: list[Slot]) -> dict[str, tuple[str, ...]]:
@@ -351,11 +356,6 @@ def _checkpoint_names(base: nn.Module, found: list[Slot]) -> dict[str, tuple[str
         outputs = tuple(name for name, _, _ in group.outputs)
         names.update(dict.fromkeys(group.members, outputs if group.renamed else ("", *outputs)))
     return names
-
-
-def _base_kind(tensor: Tensor) -> str:
-    held: Any = tensor
-    return str(held.quant_type) if is_4bit(tensor) else "int8" if is_8bit(tensor) else "plain"
 
 
 def _config(model: Any, adapter: str) -> Any:

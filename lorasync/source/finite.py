@@ -11,11 +11,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lorasync.errors import NonFiniteError
-from lorasync.source.base import is_4bit, is_8bit
-from lorasync.zero import gathered, is_sharded
+from lorasync.source.base import scale_bound
+from lorasync.source.whole import whole
+from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lorasync.source.plan import Slot
 
@@ -40,11 +41,21 @@ class FiniteCheck:
             NonFiniteError: With the name of every bad tensor.
         """
         slots = list(slots)
-        peaks = self.inputs([named for slot in slots for named in _inputs(slot)])
+        packed = {slot.name: scale_bound(slot.module, slot.attr) for slot in slots}
+        known = {name: bound for name, bound in packed.items() if bound is not None}
+        peaks = self.inputs(
+            [named for slot in slots for named in _inputs(slot) if named[0] not in known], known
+        )
         _refuse([slot.name for slot in slots if _may_overflow(slot, dtype, peaks)])
 
-    def inputs(self, named: list[tuple[str, Tensor]]) -> dict[str, float]:
+    def inputs(
+        self, named: list[tuple[str, Tensor]], known: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Check tensors as they are and return the largest absolute value of each.
+
+        Args:
+            named: What to look at.
+            known: The largest values of what needs no look.
 
         Raises:
             NonFiniteError: With the name of every bad tensor.
@@ -52,7 +63,7 @@ class FiniteCheck:
         peaks = [self._peak(name, tensor) for name, tensor in named]
         if any(is_sharded(tensor) for _, tensor in named):
             peaks = _everywhere(peaks)
-        found = dict(zip([name for name, _ in named], peaks, strict=True))
+        found = {**(known or {}), **dict(zip([name for name, _ in named], peaks, strict=True))}
         _refuse([name for name, peak in found.items() if not math.isfinite(peak)])
         return found
 
@@ -92,20 +103,7 @@ def _part(index: int) -> str:
 
 @torch.no_grad()
 def _peak(tensor: Tensor) -> float:
-    """The largest absolute value of what this rank holds, NaN if there is one; without a copy of the tensor.
-
-    For a packed weight its scales say it: codes lie within -1 and 1.
-    """
-    held: Any = tensor
-    if is_4bit(tensor):
-        state = held.quant_state
-        return (
-            _largest(state.state2.absmax) + abs(float(state.offset))
-            if state.nested
-            else _largest(state.absmax)
-        )
-    if is_8bit(tensor):
-        return 0.0 if held.SCB is None else _largest(held.SCB)
+    """The largest absolute value of what this rank holds, or NaN; without a copy of the tensor."""
     return _largest(_local(tensor))
 
 
@@ -141,8 +139,8 @@ def _may_overflow(slot: Slot, dtype: torch.dtype | None, peaks: dict[str, float]
     target = slot.dtype if dtype is None else dtype
     if not slot.adapted or not target.is_floating_point or _bound(slot, peaks) < torch.finfo(target).max:
         return False
-    with gathered(slot.params):
-        return not bool(torch.isfinite(slot.make(target)).all())
+    with whole(slot.params) as gathered:
+        return not bool(torch.isfinite(slot.make(target, whole=gathered)).all())
 
 
 def _bound(slot: Slot, peaks: dict[str, float]) -> float:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorasync.source.model import Adapters
+    from lorasync.source.whole import Whole
 
 _DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
 # Variants whose merge is plain LoRA's: they differ in how they start or how they train.
@@ -43,14 +44,15 @@ _NEVER = {
 class Step:
     """One adapter's effect on one weight.
 
-    ``apply`` takes the weight so far, the untouched one, and whether to skip the roundings that PEFT does.
+    ``apply`` takes the weight so far, the untouched one, whether to skip the roundings that PEFT does, and
+    where to look up gathered parameters.
     ``how`` is set for a low-rank merge, ``rows`` for trained tokens; a step without either adds to a bias.
     """
 
     layer: BaseTunerLayer
     adapter: str
     params: tuple[Tensor, ...]
-    apply: Callable[[Tensor, Tensor, bool], Tensor]
+    apply: Callable[[Tensor, Tensor, bool, Whole], Tensor]
     how: LowRank | None = None
     rows: tuple[int, ...] = ()
 
@@ -149,8 +151,8 @@ def low_rank_step(layer: Any, adapter: str, *, cast_first: bool = False) -> Step
     if how.dora:
         params = (*params, layer.lora_magnitude_vector[adapter].weight)
 
-    def apply(weight: Tensor, base: Tensor, exact: bool) -> Tensor:
-        return merge_low_rank(how, weight, *params, norm_base=base, exact=exact)
+    def apply(weight: Tensor, base: Tensor, exact: bool, whole: Whole) -> Tensor:
+        return merge_low_rank(how, weight, *map(whole, params), norm_base=base, exact=exact)
 
     return Step(layer, adapter, params, apply, how=how)
 
@@ -158,9 +160,9 @@ def low_rank_step(layer: Any, adapter: str, *, cast_first: bool = False) -> Step
 def _bias(layer: Any, adapter: str) -> Step:
     added = layer.lora_B[adapter].bias
 
-    def apply(bias: Tensor, _: Tensor, exact: bool) -> Tensor:  # noqa: ARG001
+    def apply(bias: Tensor, _: Tensor, exact: bool, whole: Whole) -> Tensor:  # noqa: ARG001
         with torch.no_grad():
-            merged: Tensor = bias + (added * layer.scaling[adapter]).to(bias.device)
+            merged: Tensor = bias + (whole(added) * layer.scaling[adapter]).to(bias.device)
         return merged
 
     return Step(layer, adapter, (added,), apply)
@@ -170,8 +172,8 @@ def _rows(layer: Any, adapter: str) -> Step:
     rows = layer.trainable_tokens_delta[adapter]
     indices = tuple(int(index) for index in layer.token_indices[adapter])
 
-    def apply(weight: Tensor, _: Tensor, exact: bool) -> Tensor:  # noqa: ARG001
-        return replace_rows(weight, indices, rows)
+    def apply(weight: Tensor, _: Tensor, exact: bool, whole: Whole) -> Tensor:  # noqa: ARG001
+        return replace_rows(weight, indices, whole(rows))
 
     return Step(layer, adapter, (rows,), apply, rows=indices)
 

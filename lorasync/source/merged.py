@@ -14,7 +14,7 @@ from lorasync.source.finite import FiniteCheck
 from lorasync.source.model import base_of, pick_adapters, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.ties import check_updates, untied
-from lorasync.zero import gathered
+from lorasync.source.whole import Whole, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +93,9 @@ class MergedSource:
         """
         ready = self._ready()
         for block, params in _blocks(self._groups(ready), ready):
-            with gathered(params):
+            with whole(params) as gathered:
                 for group in block:
-                    yield from self._converted(group, ready)
+                    yield from self._converted(group, ready, gathered)
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
@@ -104,10 +104,10 @@ class MergedSource:
         """
         ready = self._ready()
         for block, params in _blocks(self._groups(ready), ready):
-            with gathered(params):
+            with whole(params) as gathered:
                 for slot in [ready[name] for group in block for name in group.members if ready[name].adapted]:
-                    served = slot.make(self._dtype(slot), self.rounding)
-                    yield delta_survival(slot.name, slot.base(), slot.exact(), served)
+                    served = slot.make(self._dtype(slot), self.rounding, gathered)
+                    yield delta_survival(slot.name, slot.base(gathered), slot.exact(gathered), served)
 
     def as_vllm_source(self) -> Any:
         """Return this source as the installed vLLM's `WeightSource`, for its own `nccl` and `ipc` backends.
@@ -154,14 +154,17 @@ class MergedSource:
     def _dtype(self, slot: Slot) -> torch.dtype:
         return self.dtype if self.dtype is not None and slot.dtype.is_floating_point else slot.dtype
 
-    def _converted(self, group: Group, found: dict[str, Slot]) -> Iterator[tuple[str, Tensor]]:
-        made = {name: found[name].make(self._dtype(found[name]), self.rounding) for name in group.members}
+    def _converted(
+        self, group: Group, found: dict[str, Slot], gathered: Whole
+    ) -> Iterator[tuple[str, Tensor]]:
+        members = [found[name] for name in group.members]
+        made = {slot.name: slot.make(self._dtype(slot), self.rounding, gathered) for slot in members}
         if group.renamed:
             tensors = {group.outputs[0][0]: made.pop(group.members[0])}
         else:
             tensors = self._layout.convert(made)
             made.clear()
-        held = {_storage(found[name].held) for name in group.members}
+        held = {_storage(gathered(slot.held)) for slot in members}
         for name, dtype, shape in group.outputs:
             tensor = _own(tensors.pop(name), held)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), (
@@ -174,8 +177,8 @@ def _try_general(found: Iterable[Slot]) -> None:
     """Merge one module of each kind that PEFT merges itself, so that a refusal comes first."""
     kinds = {type(slot.general.layers[-1]): slot for slot in found if slot.general is not None}
     for slot in kinds.values():
-        with gathered(slot.params):
-            slot.exact()
+        with whole(slot.params) as gathered:
+            slot.exact(gathered)
 
 
 def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[tuple[list[Group], list[Tensor]]]:

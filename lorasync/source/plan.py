@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.merge import NEAREST, Nearest, Rounding, low_rank_shape
 from lorasync.source import layers, replica
-from lorasync.source.base import is_quantized, logical, read, tensor_of, tensors_of
+from lorasync.source.base import logical, packing, read, tensor_of, tensors_of
 from lorasync.source.model import submodules
+from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Slot:
         return bool(self.steps) or self.general is not None
 
     @property
+    def packing(self) -> str:
+        """How the base parameter is held: "plain", "nf4", "fp4" or "int8"."""
+        return packing(self.module, self.attr)
+
+    @property
     def held(self) -> Tensor:
         """The base parameter as the training model holds it."""
         return tensor_of(self.module, self.attr)
@@ -58,29 +64,31 @@ class Slot:
         own = [self.held, *(param for step in self.steps for param in step.params)]
         return own + (self.general.params() if self.general is not None else [])
 
-    def make(self, dtype: torch.dtype, rounding: Rounding = NEAREST) -> Tensor:
+    def make(self, dtype: torch.dtype, rounding: Rounding = NEAREST, whole: Whole = AS_HELD) -> Tensor:
         """Compute the tensor, rounded once to ``dtype``; it may share memory with the model if untouched."""
         if not dtype.is_floating_point or not self.adapted:
             rounding = rounding if self.held.requires_grad else NEAREST
-            return rounding(self.base(), dtype, key=self.name) if dtype.is_floating_point else self.base()
-        return rounding(self.exact(as_peft=isinstance(rounding, Nearest)), dtype, key=self.name)
+            base = self.base(whole)
+            return rounding(base, dtype, key=self.name) if dtype.is_floating_point else base
+        exact = self.exact(whole, as_peft=isinstance(rounding, Nearest))
+        return rounding(exact, dtype, key=self.name)
 
-    def base(self) -> Tensor:
+    def base(self, whole: Whole = AS_HELD) -> Tensor:
         """Read the base weight, whole and dequantized; it may share memory with the model."""
-        return read(self.module, self.attr, name=self.name)
+        return read(self.module, self.attr, name=self.name, whole=whole)
 
-    def exact(self, *, as_peft: bool = False) -> Tensor:
+    def exact(self, whole: Whole = AS_HELD, *, as_peft: bool = False) -> Tensor:
         """Merge without the last rounding; ``as_peft`` keeps the roundings that PEFT does on the way."""
-        base = weight = self.base()
+        base = weight = self.base(whole)
         if self.general is not None:
-            return self.general.run(base, self.attr)
-        between = as_peft and not is_quantized(self.held)
+            return self.general.run(base, self.attr, whole)
+        between = as_peft and self.packing == "plain"
         if not as_peft:
             base = weight = base.to(torch.promote_types(base.dtype, torch.float32))
         for index, step in enumerate(self.steps):
             if index and between:
                 weight = weight.to(base.dtype)
-            weight = step.apply(weight, base, not as_peft)
+            weight = step.apply(weight, base, not as_peft, whole)
         return weight
 
 

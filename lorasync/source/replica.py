@@ -6,12 +6,15 @@ import copy
 import importlib
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasync.errors import UnmergeableError
+
+if TYPE_CHECKING:
+    from lorasync.source.whole import Whole
 
 _CONTAINERS = (dict, list, set)
 
@@ -31,19 +34,20 @@ class Merge:
         """List every parameter of the module, adapters and base."""
         return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
 
-    def run(self, base: Tensor, attr: str) -> Tensor:
+    def run(self, base: Tensor, attr: str, whole: Whole) -> Tensor:
         """Merge and return the base layer's ``attr``.
 
         Args:
             base: What ``attr`` holds now, whole and dequantized.
             attr: The parameter's name in the base layer.
+            whole: Where to look up gathered parameters.
 
         Raises:
             UnmergeableError: PEFT can't merge it either; its reason is quoted.
         """
         outermost = self.layers[-1]
         memo: dict[int, Any] = {}
-        copied = _replicate(outermost, memo)
+        copied = _replicate(outermost, memo, whole)
         inner = copied.get_base_layer()
         if _is_packed(inner):
             _make_plain(copied, inner, base, attr)
@@ -62,7 +66,7 @@ class Merge:
         return merged.detach()
 
 
-def _replicate(module: nn.Module, memo: dict[int, Any]) -> Any:
+def _replicate(module: nn.Module, memo: dict[int, Any], whole: Whole) -> Any:
     """Copy a module with its tensors, but without its hooks: what they hold (an engine, say) stays behind."""
     if id(module) in memo:
         return memo[id(module)]
@@ -71,21 +75,21 @@ def _replicate(module: nn.Module, memo: dict[int, Any]) -> Any:
         twin.__dict__[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
     for hooks in [name for name in twin.__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
         twin.__dict__[hooks] = type(twin.__dict__[hooks])()
-    twin.__dict__["_parameters"] = {k: _copied(p, memo) for k, p in module._parameters.items()}
-    twin.__dict__["_buffers"] = {k: _copied(b, memo) for k, b in module._buffers.items()}
+    twin.__dict__["_parameters"] = {k: _copied(p, memo, whole) for k, p in module._parameters.items()}
+    twin.__dict__["_buffers"] = {k: _copied(b, memo, whole) for k, b in module._buffers.items()}
     twin.__dict__["_modules"] = {
-        k: None if child is None else _replicate(child, memo) for k, child in module._modules.items()
+        k: None if child is None else _replicate(child, memo, whole) for k, child in module._modules.items()
     }
     return twin
 
 
-def _copied(tensor: Tensor | None, memo: dict[int, Any]) -> Any:
+def _copied(tensor: Tensor | None, memo: dict[int, Any], whole: Whole) -> Any:
     if tensor is None or id(tensor) in memo:
         return None if tensor is None else memo[id(tensor)]
     if hasattr(tensor, "quant_state") or type(tensor).__name__ == "Int8Params":
         twin: Any = tensor  # replaced by a plain one before anything runs
     else:
-        twin = tensor.detach().clone()
+        twin = whole(tensor).detach().clone()
         twin = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
     memo[id(tensor)] = twin
     return twin

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.zero import gathered
+from lorasync.source.whole import Whole, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,14 +126,14 @@ def _same_step(one: layers.Step, other: layers.Step) -> bool:
     theirs: Any = other.layer
     if len(one.params) != 2 or mine.scaling[one.adapter] != theirs.scaling[other.adapter]:
         return False
-    with gathered([*one.params, *other.params]):
-        pairs = zip(_as_linear(one), _as_linear(other), strict=True)
+    with whole([*one.params, *other.params]) as gathered:
+        pairs = zip(_as_linear(one, gathered), _as_linear(other, gathered), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _as_linear(step: layers.Step) -> tuple[Tensor, Tensor]:
+def _as_linear(step: layers.Step, gathered: Whole) -> tuple[Tensor, Tensor]:
     """A and B such that the weight itself gets s·B·A: an embedding holds them the other way round."""
-    a, b = step.params
+    a, b = map(gathered, step.params)
     embedding: Any = getattr(step.layer, "lora_embedding_A", {})
     return (b.T, a.T) if step.adapter in embedding else (a, b)
 
