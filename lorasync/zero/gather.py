@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from lorasync.errors import SyncTimeoutError, UngatheredError
@@ -62,10 +62,10 @@ def full_shape(param: Tensor) -> torch.Size:
 def gathered(params: Tensor | Iterable[Tensor], *, timeout: float = _TIMEOUT_S) -> Iterator[list[Tensor]]:
     """Hold parameters whole, for reading, while the context lasts; afterwards they are sharded as before.
 
-    Inside, each parameter object itself holds the whole data, and the list yields the same objects in the
-    order given. Only what is partitioned is gathered; whole parameters cost nothing. All ranks enter with
-    the same parameters in the same order. Contexts must not overlap in their parameters. Writes would be
-    lost, so they are an error.
+    Yields the tensors to read, in the order given. A ZeRO-3 parameter is filled in place, so its module sees it
+    whole too; an FSDP2 parameter stays the DTensor that it is, and a full copy is yielded in its stead. Only
+    what is partitioned is gathered; whole parameters cost nothing. All ranks enter with the same parameters in
+    the same order. Contexts must not overlap in their parameters. Writes would be lost, so they are an error.
 
     Args:
         params: one tensor or an iterable of them: ZeRO-3, FSDP2 (DTensor) and plain ones may be mixed. For
@@ -95,10 +95,10 @@ def gathered(params: Tensor | Iterable[Tensor], *, timeout: float = _TIMEOUT_S) 
         stack.enter_context(_hold(partitioned + dtensors))
         if partitioned:
             stack.enter_context(_zero3_gathered(partitioned))
-        if dtensors:
-            stack.enter_context(_swapped_for_full(dtensors))
-        stack.enter_context(_read_only(partitioned + dtensors))
-        yield wanted
+        full = {id(p): _full(p) for p in dtensors}
+        whole = [full.get(id(p), p) for p in wanted]
+        stack.enter_context(_read_only([*partitioned, *full.values()]))
+        yield whole
 
 
 def _is_zero3(param: Tensor) -> bool:
@@ -157,26 +157,9 @@ def _zero3_gathered(params: list[Tensor]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _swapped_for_full(params: list[Tensor]) -> Iterator[None]:
-    """Let each DTensor object hold its full tensor, so that its module sees it whole too."""
-    swapped: list[tuple[Tensor, Tensor]] = []
-    try:
-        for param in params:
-            with torch.no_grad():
-                full = nn.Parameter(
-                    cast(Any, param).full_tensor().detach(), requires_grad=param.requires_grad
-                )
-            _swap(param, full)
-            swapped.append((param, full))
-        yield
-    finally:
-        for param, shard in reversed(swapped):
-            _swap(param, shard)
-
-
-def _swap(one: Tensor, other: Tensor) -> None:
-    torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
+def _full(param: Tensor) -> Tensor:
+    with torch.no_grad():
+        return cast(Tensor, cast(Any, param).full_tensor().detach())
 
 
 @contextmanager
