@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.bases import Int8Base, PackedBase, PlainBase
-from lorasync.kernels.triton_merge import FIELDS, adapter_amax, dora_factor, mend_rows, merge_tiles
+from lorasync.kernels.triton_merge import FIELDS, dora_factor, mend_rows, merge_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.fl
 CANCELLED = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-11, torch.float32: 0.0}
 """Below this share of its row's largest delta an element is computed again in fp64: fp32's error nears an ulp."""
 
-AMAX_CHUNKS, AMAX_ROWS, AMAX_COLS, FACTOR_BLOCK, MEND_PROGRAMS = 16, 64, 64, 128, 1024
+FACTOR_BLOCK, MEND_PROGRAMS = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Launch:
     def prime(self) -> None:
         """Compile and load every kernel by a launch on a job without elements: it reads and writes nothing."""
         empty = self._jobs[:1].clone()
-        for field in ("rows", "cols", "first_strip"):
+        for field in ("rows", "cols"):
             empty[:, FIELDS.index(field)] = 0
-        self._run(empty, torch.zeros(1, dtype=torch.int32, device=self.variant.device), 1, 1)
+        self._run(empty, torch.full((1,), -1, dtype=torch.int32, device=self.variant.device), 1, 1)
 
     def run(self) -> None:
         """Launch on the current stream."""
@@ -92,12 +92,7 @@ class Launch:
         if n_strips == 0:
             return
         variant, config = self.variant, self.config
-        factor_type, trans = TRITON_TYPES[variant.factor_dtype], variant.fan_in_fan_out
-        if variant.split:
-            self._buffers["amax"].zero_()
-            adapter_amax[(2 * n_jobs, AMAX_CHUNKS)](
-                jobs, AB_TYPE=factor_type, TRANS=trans, CHUNKS=AMAX_CHUNKS, BM=AMAX_ROWS, BN=AMAX_COLS
-            )
+        trans = variant.fan_in_fan_out
         if variant.magnitude_dtype is not None:
             self._merge(jobs, strip_jobs, n_strips, norm=True)
             blocks = triton.cdiv(self._max_features, FACTOR_BLOCK)
@@ -119,7 +114,7 @@ class Launch:
 
     def _mend(self, jobs: Tensor, strip_jobs: Tensor) -> None:
         cancelled = self._buffers["cancelled"]
-        skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES", "EVEN", "ASM", "HIGH_BITS")
+        skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES", "EVEN")
         constants = {name: value for name, value in self._constants.items() if name not in skipped}
         mend_rows[(MEND_PROGRAMS,)](
             jobs, strip_jobs, cancelled, cancelled.numel() - 1, PROGRAMS=MEND_PROGRAMS, enable_fp_fusion=False, **constants
@@ -142,8 +137,7 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
 
 def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
     """Pick the tile shape: what was measured here before, else measured now (``tune``), else what is shipped."""
-    size = variant.factor_dtype.itemsize
-    choices = tuning.candidates(variant.r_pad, size, aligned=variant.aligned)
+    choices = tuning.candidates(variant.r_pad, split=variant.split, plain=variant.kind == 0, aligned=variant.aligned)
     key = _tuning_key(variant)
     stored = tuning.known(key)
     if stored is not None or not tune:
@@ -205,7 +199,7 @@ def _constants(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> di
         "W_TYPE": TRITON_TYPES[variant.base_dtype],
         "OUT_TYPE": TRITON_TYPES[variant.out_dtype],
         "AB_TYPE": TRITON_TYPES[variant.factor_dtype],
-        "SPLIT": variant.split,
+        "SPLIT": variant.split and variant.device.type == "cuda",
         "TRANS": variant.fan_in_fan_out,
         "ALIGNED": variant.aligned,
         "R_ALIGNED": variant.r_aligned,
@@ -221,7 +215,6 @@ def _constants(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> di
         "STRIP": config.strip,
         "STAGES": config.stages,
         "EVEN": variant.aligned and _even(jobs, variant, config),
-        "HIGH_BITS": 8 if variant.out_dtype == torch.bfloat16 else 11,
         "ASM": variant.device.type == "cuda",
     }
 
@@ -233,13 +226,13 @@ def _even(jobs: Sequence[MergeJob], variant: Variant, config: Config) -> bool:
 
 
 def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Tensor]:
-    """The small memory between kernels: largest |x| of fp32 factors, DoRA's partial norms and factors."""
+    """The small memory between kernels: the list of cancelled rows, DoRA's partial norms and factors."""
     elements = sum(job.out.numel() for job in jobs)
-    sizes = {"amax": 2 * len(jobs), "partial": 0, "factor": 0, "cancelled": min(1 << 20, 1024 + elements // 1024)}
+    sizes = {"partial": 0, "factor": 0, "cancelled": min(1 << 20, 1024 + elements // 1024)}
     if variant.magnitude_dtype is not None:
         sizes["partial"] = sum(_parts(job, config) * job.lora_b.shape[0] for job in jobs)
         sizes["factor"] = 2 * sum(job.lora_b.shape[0] for job in jobs)
-    dtypes = {"amax": torch.int32, "partial": torch.float32, "factor": torch.float32, "cancelled": torch.int64}
+    dtypes = {"partial": torch.float32, "factor": torch.float32, "cancelled": torch.int64}
     return {name: torch.empty(n, dtype=dtypes[name], device=variant.device) for name, n in sizes.items()}
 
 
@@ -256,10 +249,9 @@ def _table(
 ) -> tuple[list[list[int]], list[int]]:
     """One row of the job table for each job, and how many strips it has."""
     table, strips, first, features, parts = [], [], 0, 0, 0
-    for i, (job, pair) in enumerate(zip(jobs, factors, strict=True)):
+    for job, pair in zip(jobs, factors, strict=True):
         rows, cols = job.out.shape
         row = _job_fields(job, pair) | _base_fields(job.base) | {"first_strip": first}
-        row["amax"] = buffers["amax"].data_ptr() + 8 * i
         row["partial"] = buffers["partial"].data_ptr() + 4 * parts
         row["factor"] = buffers["factor"].data_ptr() + 8 * features
         table.append([row.get(field, 0) for field in FIELDS])

@@ -5,9 +5,9 @@ A tile is W (read, or dequantized in registers), plus s·B·A by tensor cores wi
 
 Three things keep the result at the fp64 one rounded once. The sum W + s·acc is kept as fp32 value and fp32 rest, and
 rounded to odd before the cast, so that there is no double rounding (Boldo and Melquiond, "Emulation of FMA and
-correctly rounded sums: proved algorithms using rounding to odd", 2008). fp32 factors are scaled by a power of two and
-split into two halves of fp16, 22 bits together; three products of halves are summed, small ones first (Ootomo and
-Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Where W and s·B·A cancel almost wholly, the
+correctly rounded sums: proved algorithms using rounding to odd", 2008). fp32 factors are split into three bf16
+values each, and the six larger of the nine products are summed, small ones first (Henry, Tang and Heinecke,
+"Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", 2019). Where W and s·B·A cancel almost wholly, the
 few elements are computed again in fp64.
 """
 
@@ -19,7 +19,7 @@ import triton.language as tl
 FIELDS = (
     "out", "base", "lora_a", "lora_b", "rows", "cols", "r", "out_stride0", "out_stride1", "base_stride0",
     "base_stride1", "lora_a_stride", "lora_b_stride", "scaling", "first_strip", "scales", "code",
-    "nested_absmax", "nested_code", "nested_offset", "base_offset", "amax", "partial", "factor", "magnitude",
+    "nested_absmax", "nested_code", "nested_offset", "base_offset", "partial", "factor", "magnitude",
 )  # fmt: skip
 """Columns of the job table; ``scaling`` and ``nested_offset`` are the bits of a float64."""
 
@@ -45,7 +45,6 @@ NESTED_ABSMAX = tl.constexpr(FIELDS.index("nested_absmax"))
 NESTED_CODE = tl.constexpr(FIELDS.index("nested_code"))
 NESTED_OFFSET = tl.constexpr(FIELDS.index("nested_offset"))
 BASE_OFFSET = tl.constexpr(FIELDS.index("base_offset"))
-AMAX = tl.constexpr(FIELDS.index("amax"))
 PARTIAL = tl.constexpr(FIELDS.index("partial"))
 FACTOR = tl.constexpr(FIELDS.index("factor"))
 MAGNITUDE = tl.constexpr(FIELDS.index("magnitude"))
@@ -71,7 +70,7 @@ def _extent(job, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _base(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr):
+def _base(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr, ASM: tl.constexpr):
     """Everything that dequantizing needs: pointers, strides, code table, nested scales."""
     scales, code, offset, nested = 0, 0, 0, (0, 0, 0)
     if KIND == 0:
@@ -81,7 +80,10 @@ def _base(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr):
         scales = _pointer(job, SCALES, tl.float32)
     else:
         data = _pointer(job, BASE, tl.uint8)
-        code = tl.load(_pointer(job, CODE, tl.float32) + tl.arange(0, 16))
+        if ASM:
+            code = _code_of_lane(tl.load(job + CODE))
+        else:
+            code = tl.load(_pointer(job, CODE, tl.float32) + tl.arange(0, 16))
         offset = tl.load(job + BASE_OFFSET)
         if NESTED:
             scales = _pointer(job, SCALES, tl.uint8)
@@ -134,8 +136,8 @@ def _absmax(base, index, mask, NESTED: tl.constexpr):
 
 @triton.jit
 def _packed_tile_flat(
-    base, rm, rows, cols, tile_n, BLOCK: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    base, rm, rows, cols, tile_n, W_TYPE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of a 4-bit base whose quantization blocks lie inside rows: by words of 8, one scale a block."""
     words_in_row = tl.multiple_of(cols // 8, 4)
@@ -144,28 +146,83 @@ def _packed_tile_flat(
     mask = _inside(rm, tile_n * (BN // 8) + column, rows, words_in_row, EVEN)
     ptrs = base[0].to(tl.pointer_type(tl.int32)) + (start // 8)[:, None] + column[None, :]
     words = tl.load(tl.multiple_of(ptrs, (1, 16)), mask=mask, other=0, eviction_policy="evict_first")
-    index = _nibbles(words).reshape((BM * BN,))
-    values = tl.gather(base[4], index, 0).reshape((BM, BN))
     if BLOCK < BN:
         blocks = tl.arange(0, BN // BLOCK)
         inside = _inside(rm, tile_n * (BN // 8) + blocks * (BLOCK // 8), rows, words_in_row, EVEN)
         absmax = _absmax(base, (start // BLOCK)[:, None] + blocks[None, :], inside, NESTED)
-        scale = tl.broadcast_to(absmax[:, :, None], (BM, BN // BLOCK, BLOCK)).reshape((BM, BN))
+        scale = tl.broadcast_to(absmax[:, :, None], (BM, BN // BLOCK, BLOCK // 8)).reshape((BM, BN // 8))
     else:
-        scale = _absmax(base, start // BLOCK, rm < rows, NESTED)[:, None]
-    return values * scale
+        absmax = _absmax(base, start // BLOCK, rm < rows, NESTED)
+        scale = tl.broadcast_to(absmax[:, None], (BM, BN // 8))
+    if ASM:
+        v0, v1, v2, v3, v4, v5, v6, v7 = _shuffled(words, tl.broadcast_to(base[4], words.shape))
+    else:
+        v0, v1 = _looked_up(base[4], words >> 4, BM, BN), _looked_up(base[4], words, BM, BN)
+        v2, v3 = _looked_up(base[4], words >> 12, BM, BN), _looked_up(base[4], words >> 8, BM, BN)
+        v4, v5 = _looked_up(base[4], words >> 20, BM, BN), _looked_up(base[4], words >> 16, BM, BN)
+        v6, v7 = _looked_up(base[4], words >> 28, BM, BN), _looked_up(base[4], words >> 24, BM, BN)
+    even = tl.interleave(
+        tl.interleave((v0 * scale).to(W_TYPE), (v4 * scale).to(W_TYPE)),
+        tl.interleave((v2 * scale).to(W_TYPE), (v6 * scale).to(W_TYPE)),
+    )
+    odd = tl.interleave(
+        tl.interleave((v1 * scale).to(W_TYPE), (v5 * scale).to(W_TYPE)),
+        tl.interleave((v3 * scale).to(W_TYPE), (v7 * scale).to(W_TYPE)),
+    )
+    return tl.interleave(even, odd)
 
 
 @triton.jit
-def _nibbles(words):
-    """The eight 4-bit values of each word, in order: bytes upward, in each the high four bits first."""
-    even = tl.interleave(
-        tl.interleave((words >> 4) & 15, (words >> 20) & 15), tl.interleave((words >> 12) & 15, (words >> 28) & 15)
-    )
-    odd = tl.interleave(
-        tl.interleave(words & 15, (words >> 16) & 15), tl.interleave((words >> 8) & 15, (words >> 24) & 15)
-    )
-    return tl.interleave(even, odd)
+def _looked_up(code, index, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.gather(code, (index & 15).reshape((BM * (BN // 8),)), 0).reshape((BM, BN // 8))
+
+
+@triton.jit
+def _code_of_lane(address):
+    """In each thread the value of the 4-bit code that its lane number ends in."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .u32 lane;
+        .reg .u64 place;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 15;
+        mul.wide.u32 place, lane, 4;
+        add.u64 place, place, $1;
+        ld.global.nc.b32 $0, [place];
+        }""",
+        "=r,l", [address], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shuffled(words, code_of_lane):
+    """The values of the eight codes in each word, in order: bytes upward, in each the high four bits first.
+
+    A shuffle among 16 lanes reads only the last four bits of the lane number: no mask is needed.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 code;
+        shr.u32 code, $8, 4;
+        shfl.sync.idx.b32 $0, $9, code, 0x101f, 0xffffffff;
+        shfl.sync.idx.b32 $1, $9, $8, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 12;
+        shfl.sync.idx.b32 $2, $9, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 8;
+        shfl.sync.idx.b32 $3, $9, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 20;
+        shfl.sync.idx.b32 $4, $9, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 16;
+        shfl.sync.idx.b32 $5, $9, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 28;
+        shfl.sync.idx.b32 $6, $9, code, 0x101f, 0xffffffff;
+        shr.u32 code, $8, 24;
+        shfl.sync.idx.b32 $7, $9, code, 0x101f, 0xffffffff;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [words, code_of_lane],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -181,7 +238,8 @@ def _packed_tile(job, base, rm, rn, rows, cols, BLOCK: tl.constexpr, NESTED: tl.
 @triton.jit
 def _base_tile(
     job, base, tile_n, rm, rn, rows, cols, KIND: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of W in the dtype that it is stored in or dequantized to."""
     if KIND == 0:
@@ -189,7 +247,7 @@ def _base_tile(
     elif KIND == 2:
         w = _int8_tile(base, rm, rn, rows, cols, ALIGNED, EVEN).to(W_TYPE)
     elif ALIGNED:
-        w = _packed_tile_flat(base, rm, rows, cols, tile_n, BLOCK, NESTED, EVEN, BM, BN).to(W_TYPE)
+        w = _packed_tile_flat(base, rm, rows, cols, tile_n, W_TYPE, BLOCK, NESTED, EVEN, ASM, BM, BN)
     else:
         w = _packed_tile(job, base, rm, rn, rows, cols, BLOCK, NESTED).to(W_TYPE)
     return w
@@ -243,56 +301,35 @@ def _b_tile(factors, rn, rk, n_out, r, R_ALIGNED: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def _amax_field(bits):
-    """The exponent field of a power of two that brings a tensor with this largest |x| to [2^13, 2^14)."""
-    field = tl.minimum(tl.maximum(267 - (bits >> 23), 14), 250)
-    return tl.where((bits >> 23) == 255, 127, field)
+def _leading(x):
+    """The leading 8 bits of an fp32 value, cut off, and the rest; both exact."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), x - (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _power(field):
-    return (field << 23).to(tl.float32, bitcast=True)
+def _thirds(x):
+    """An fp32 value as the sum of three bf16 values: 8 bits each, 24 together."""
+    high, rest = _leading(x)
+    middle, rest = _leading(rest)
+    low, rest = _leading(rest)
+    return high, middle, low
 
 
 @triton.jit
-def _halves(x, scale, HIGH_BITS: tl.constexpr):
-    """The leading bits of x · scale and the next 11, both exact in fp16."""
-    scaled = x * scale
-    high = scaled
-    if HIGH_BITS == 8:
-        high = ((scaled.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
-    high = high.to(tl.float16)
-    return high, (scaled - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _scales(job, SPLIT: tl.constexpr, TRANS: tl.constexpr):
-    """What the accumulated product is multiplied by, and the powers of two for the left and the right factor."""
-    s = tl.load(job + SCALING).to(tl.float64, bitcast=True).to(tl.float32)
-    left, right = 1.0, 1.0
+def _product(left, right, acc, SPLIT: tl.constexpr):
+    """Add left · right to ``acc`` in fp32; fp32 factors in the six larger products of thirds, small ones first."""
     if SPLIT:
-        amax = _pointer(job, AMAX, tl.int32)
-        field_a, field_b = _amax_field(tl.load(amax)), _amax_field(tl.load(amax + 1))
-        s = s * _power(254 - field_a) * _power(254 - field_b)
-        if TRANS:
-            left, right = _power(field_a), _power(field_b)
-        else:
-            left, right = _power(field_b), _power(field_a)
-    return s, left, right
-
-
-@triton.jit
-def _product(left, right, acc, scale_left, scale_right, SPLIT: tl.constexpr, HIGH_BITS: tl.constexpr):
-    """Add left · right to ``acc`` in fp32; fp32 factors in four products of halves, small ones first."""
-    if SPLIT:
-        left_high, left_low = _halves(left, scale_left, HIGH_BITS)
-        right_high, right_low = _halves(right, scale_right, HIGH_BITS)
-        acc = tl.dot(left_low, right_low, acc)
+        left_high, left_middle, left_low = _thirds(left)
+        right_high, right_middle, right_low = _thirds(right)
         acc = tl.dot(left_low, right_high, acc)
         acc = tl.dot(left_high, right_low, acc)
+        acc = tl.dot(left_middle, right_middle, acc)
+        acc = tl.dot(left_middle, right_high, acc)
+        acc = tl.dot(left_high, right_middle, acc)
         acc = tl.dot(left_high, right_high, acc)
     else:
-        acc = tl.dot(left, right, acc)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
 
 
@@ -365,35 +402,39 @@ def merge_tiles(
     AB_TYPE: tl.constexpr, SPLIT: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr,
     R_ALIGNED: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DORA: tl.constexpr,
     NORM: tl.constexpr, EXACT: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    RK: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, HIGH_BITS: tl.constexpr,
+    RK: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Merge a strip of up to STRIP tiles side by side; with NORM write only its parts of the DoRA norm.
 
+    A strip of job -1 is nothing.
     KIND is 0 for a plain base, 1 for 4-bit, 2 for int8. Rows of a tile in which W and the delta cancel to less than
     LIMIT of the row's largest delta are appended to ``cancelled``, a counter and up to ``capacity`` entries, for `mend_rows`.
     """
     strip = tl.program_id(0)
-    job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
+    number = tl.load(strip_jobs + strip)
+    if number < 0:
+        return
+    job = jobs + number.to(tl.int64) * WIDTH
     local = (strip - tl.load(job + FIRST_STRIP)).to(tl.int32)
     rows, cols, r = _extent(job, ALIGNED, R_ALIGNED)
-    base, factors, out = _base(job, KIND, W_TYPE, NESTED), _factors(job, AB_TYPE), _out(job, OUT_TYPE)
+    base, factors, out = _base(job, KIND, W_TYPE, NESTED, ASM), _factors(job, AB_TYPE), _out(job, OUT_TYPE)
     tiles_n = ((cols + BN - 1) // BN).to(tl.int32)
     strips_n = (tiles_n + STRIP - 1) // STRIP
     tile_m, first = local // strips_n, (local % strips_n) * STRIP
     rm = tile_m * BM + tl.arange(0, BM)
-    s, scale_left, scale_right = _scales(job, SPLIT, TRANS)
+    s = tl.load(job + SCALING).to(tl.float64, bitcast=True).to(tl.float32)
     if R_PAD == RK:
         left = _left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
     for tile_n in tl.range(first, tl.minimum(first + STRIP, tiles_n), num_stages=STAGES):
         rn = tile_n * BN + tl.arange(0, BN)
-        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, EVEN, BLOCK, NESTED, BM, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, EVEN, ASM, BLOCK, NESTED, BM, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         for k in tl.static_range(0, R_PAD, RK):
             rk = k + tl.arange(0, RK)
             if R_PAD != RK:
                 left = _left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
             right = _right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED, EVEN)
-            acc = _product(left, right, acc, scale_left, scale_right, SPLIT, HIGH_BITS)
+            acc = _product(left, right, acc, SPLIT)
         w = w.to(tl.float32)
         scale = tl.broadcast_to(s, acc.shape)
         if NORM:
@@ -434,7 +475,7 @@ def mend_rows(
     jobs, strip_jobs, cancelled, capacity, KIND: tl.constexpr, W_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr,
     AB_TYPE: tl.constexpr, TRANS: tl.constexpr, ALIGNED: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr,
     NESTED: tl.constexpr, DORA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STRIP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Compute again, in fp64, the rows of tiles that `merge_tiles` found cancelled."""
     count = tl.minimum(tl.load(cancelled), capacity)
@@ -444,11 +485,11 @@ def mend_rows(
         job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
         local = strip - tl.load(job + FIRST_STRIP)
         rows, cols, r = _extent(job, ALIGNED, False)
-        base, factors = _base(job, KIND, W_TYPE, NESTED), _factors(job, AB_TYPE)
+        base, factors = _base(job, KIND, W_TYPE, NESTED, ASM), _factors(job, AB_TYPE)
         strips_n = (cols + BN * STRIP - 1) // (BN * STRIP)
         tile_m, tile_n = local // strips_n, (local % strips_n) * STRIP + entry // BM % STRIP
         rm, rn = tile_m * BM + entry % BM + tl.arange(0, 1), tile_n * BN + tl.arange(0, BN)
-        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, False, BLOCK, NESTED, 1, BN)
+        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, False, ASM, BLOCK, NESTED, 1, BN)
         total = tl.zeros((1, BN), tl.float64)
         for k in range(0, R_PAD, 16):
             rk = k + tl.arange(0, 16)
@@ -464,32 +505,6 @@ def mend_rows(
         high = exact.to(tl.float32)
         x = _round_to_odd(high, (exact - high.to(tl.float64)).to(tl.float32))
         _store(_out(job, OUT_TYPE), rm, rn, rows, cols, x, ALIGNED, False)
-
-
-@triton.jit
-def adapter_amax(jobs, AB_TYPE: tl.constexpr, TRANS: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The bits of the largest |x| of every job's A (even programs) and B (odd), gathered by an integer max."""
-    job = jobs + (tl.program_id(0) // 2).to(tl.int64) * WIDTH
-    which = tl.program_id(0) % 2
-    r = tl.load(job + RANK)
-    if TRANS:
-        n_in, n_out = tl.load(job + ROWS), tl.load(job + COLS)
-    else:
-        n_in, n_out = tl.load(job + COLS), tl.load(job + ROWS)
-    rows = tl.where(which == 0, r, n_out)
-    cols = tl.where(which == 0, n_in, r)
-    stride = tl.where(which == 0, tl.load(job + LORA_A_STRIDE), tl.load(job + LORA_B_STRIDE))
-    pointer = tl.where(which == 0, tl.load(job + LORA_A), tl.load(job + LORA_B)).to(tl.pointer_type(AB_TYPE))
-    tiles_n = (cols + BN - 1) // BN
-    n_tiles = tiles_n * ((rows + BM - 1) // BM)
-    best = tl.zeros((BM, BN), tl.int32)
-    for i in range(tl.program_id(1), n_tiles, CHUNKS):
-        rm = (i // tiles_n) * BM + tl.arange(0, BM)
-        rn = (i % tiles_n) * BN + tl.arange(0, BN)
-        mask = (rm < rows)[:, None] & (rn < cols)[None, :]
-        x = tl.load(pointer + rm[:, None] * stride + rn[None, :], mask=mask, other=0.0).to(tl.float32)
-        best = tl.maximum(best, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.atomic_max(_pointer(job, AMAX, tl.int32) + which, tl.max(best), sem="relaxed")
 
 
 @triton.jit

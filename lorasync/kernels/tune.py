@@ -29,26 +29,23 @@ class Config:
     stages: int = 3
 
 
-_SHAPES = (
-    (64, 64, 4, 128, 8, 3),
-    (128, 64, 8, 128, 8, 3),
-    (64, 64, 4, 0, 28, 3),
-    (64, 64, 4, 96, 8, 3),
-    (64, 128, 4, 168, 8, 3),
-)
+_PLAIN = ((64, 128, 4, 168, 8, 3), (64, 64, 4, 128, 8, 4), (64, 64, 4, 128, 14, 3), (128, 64, 8, 128, 14, 3))
+_QUANTIZED = ((64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 8, 4), (64, 64, 4, 128, 28, 3), (64, 128, 4, 168, 8, 3))
+_SPLIT = ((128, 64, 8, 128, 14, 3), (128, 64, 8, 128, 14, 2), (64, 64, 4, 168, 14, 2), (128, 64, 4, 255, 14, 2))
 
 
-def candidates(r_pad: int, factor_size: int, *, aligned: bool) -> tuple[Config, ...]:
-    """List the tile shapes worth timing for this padded rank and bytes of a factor's element, the shipped first.
+def candidates(r_pad: int, *, split: bool, plain: bool, aligned: bool) -> tuple[Config, ...]:
+    """List the tile shapes worth timing for a kind of merge and its padded rank, the shipped choice first.
 
     Factors of up to 512 bytes a row are taken whole; longer ones in parts, and then nothing is loaded ahead, nor
     where elements are loaded one by one.
     """
     if not aligned:
         return (Config(64, 64, 4, min(r_pad, 64), 0, 8, 1),)
-    if r_pad * factor_size <= 512:
-        return tuple(Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in _SHAPES)
-    return (Config(64, 64, 4, 64, 128, 8, 1),)
+    if r_pad > (64 if split else 256):
+        return (Config(64, 64, 4, 64, 168, 8, 1),)
+    shapes = _SPLIT if split else _PLAIN if plain and r_pad <= 128 else _QUANTIZED
+    return tuple(Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in shapes)
 
 
 def cache_path() -> Path:
