@@ -58,6 +58,10 @@ class LoadError(LorasyncError, ValueError):
     """A checkpoint can't be loaded with this preset on this machine."""
 
 
+class ExportError(LorasyncError, OSError):
+    """A merged model can't be written to disk; what was begun is removed, what was there is untouched."""
+
+
 class ZeroIncompatibilityError(LorasyncError, ValueError):
     """Model and DeepSpeed config do not work together; ``report`` holds every finding."""
 

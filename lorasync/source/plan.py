@@ -205,4 +205,6 @@ def _general(slot: Slot, merged: list[tuple[Any, str]]) -> Slot:
 def _int8_dtype(base: nn.Module) -> torch.dtype:
     """What 8-bit weights are served as: the dtype that the model was loaded in."""
     dtype = getattr(getattr(base, "config", None), "dtype", None)
+    if isinstance(dtype, str):  # as save_pretrained leaves it behind
+        dtype = getattr(torch, dtype, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float16
