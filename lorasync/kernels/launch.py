@@ -137,7 +137,7 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
 
 def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
     """Pick the tile shape: what was measured here before, else measured now (``tune``), else what is shipped."""
-    choices = tuning.candidates(variant.r_pad, split=variant.split, plain=variant.kind == 0, aligned=variant.aligned)
+    choices = tuning.candidates(variant.r_pad, split=variant.split, aligned=variant.aligned)
     key = _tuning_key(variant)
     stored = tuning.known(key)
     if stored is not None or not tune:

@@ -317,19 +317,27 @@ def _thirds(x):
 
 
 @triton.jit
+def _parts(x, SPLIT: tl.constexpr):
+    """What takes part in the products: the value itself, or its thirds."""
+    if SPLIT:
+        parts = _thirds(x)
+    else:
+        parts = (x,)
+    return parts
+
+
+@triton.jit
 def _product(left, right, acc, SPLIT: tl.constexpr):
     """Add left · right to ``acc`` in fp32; fp32 factors in the six larger products of thirds, small ones first."""
     if SPLIT:
-        left_high, left_middle, left_low = _thirds(left)
-        right_high, right_middle, right_low = _thirds(right)
-        acc = tl.dot(left_low, right_high, acc)
-        acc = tl.dot(left_high, right_low, acc)
-        acc = tl.dot(left_middle, right_middle, acc)
-        acc = tl.dot(left_middle, right_high, acc)
-        acc = tl.dot(left_high, right_middle, acc)
-        acc = tl.dot(left_high, right_high, acc)
+        acc = tl.dot(left[2], right[0], acc)
+        acc = tl.dot(left[0], right[2], acc)
+        acc = tl.dot(left[1], right[1], acc)
+        acc = tl.dot(left[1], right[0], acc)
+        acc = tl.dot(left[0], right[1], acc)
+        acc = tl.dot(left[0], right[0], acc)
     else:
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = tl.dot(left[0], right[0], acc, input_precision="ieee")
     return acc
 
 
@@ -385,14 +393,20 @@ def _store(out, rm, rn, rows, cols, x, ALIGNED: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit
-def _note_cancelled(cancelled, capacity, first_entry, x, acc, s, inside, LIMIT: tl.constexpr, EVEN: tl.constexpr):
-    """Append the rows in which an element is less than LIMIT of the row's largest delta."""
+def _cancelled_rows(x, acc, s, inside, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Whether a row of the tile has an element that is less than LIMIT of the row's largest delta."""
     size = tl.abs(x)
     if not EVEN:
         size = tl.where(inside, size, float("inf"))
-    found = tl.min(size, axis=1) < tl.max(tl.abs(acc), axis=1) * (LIMIT * tl.abs(s))
-    place = tl.atomic_add(cancelled + tl.zeros((x.shape[0],), tl.int32), 1, mask=found, sem="relaxed")
-    entry = first_entry + tl.arange(0, x.shape[0])
+    return tl.min(size, axis=1) < tl.max(tl.abs(acc), axis=1) * (LIMIT * tl.abs(s))
+
+
+@triton.jit
+def _note(cancelled, capacity, strip, marks, BM: tl.constexpr):
+    """Append each row that has marks: strip and row in the high 32 bits, one bit for each tile in the low ones."""
+    found = marks != 0
+    place = tl.atomic_add(cancelled + tl.zeros((BM,), tl.int32), 1, mask=found, sem="relaxed")
+    entry = ((strip.to(tl.int64) * BM + tl.arange(0, BM)) << 32) | marks.to(tl.int64)
     tl.store(cancelled + 1 + place, entry, mask=found & (place < capacity))
 
 
@@ -424,7 +438,8 @@ def merge_tiles(
     rm = tile_m * BM + tl.arange(0, BM)
     s = tl.load(job + SCALING).to(tl.float64, bitcast=True).to(tl.float32)
     if R_PAD == RK:
-        left = _left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
+        left = _parts(_left_tile(factors, rm, tl.arange(0, RK), rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN), SPLIT)
+    marks = tl.zeros((BM,), tl.int32)
     for tile_n in tl.range(first, tl.minimum(first + STRIP, tiles_n), num_stages=STAGES):
         rn = tile_n * BN + tl.arange(0, BN)
         w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, EVEN, ASM, BLOCK, NESTED, BM, BN)
@@ -432,8 +447,8 @@ def merge_tiles(
         for k in tl.static_range(0, R_PAD, RK):
             rk = k + tl.arange(0, RK)
             if R_PAD != RK:
-                left = _left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN)
-            right = _right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED, EVEN)
+                left = _parts(_left_tile(factors, rm, rk, rows, r, TRANS, ALIGNED, R_ALIGNED, EVEN), SPLIT)
+            right = _parts(_right_tile(factors, rk, rn, r, cols, TRANS, ALIGNED, R_ALIGNED, EVEN), SPLIT)
             acc = _product(left, right, acc, SPLIT)
         w = w.to(tl.float32)
         scale = tl.broadcast_to(s, acc.shape)
@@ -452,9 +467,8 @@ def merge_tiles(
             else:
                 x = tl.fma(acc, scale, w)
             if LIMIT > 0:
-                first_entry = (strip.to(tl.int64) * STRIP + tile_n - first) * BM
-                inside = _inside(rm, rn, rows, cols, EVEN)
-                _note_cancelled(cancelled, capacity, first_entry, x, acc, s, inside, LIMIT, EVEN)
+                found = _cancelled_rows(x, acc, s, _inside(rm, rn, rows, cols, EVEN), LIMIT, EVEN)
+                marks |= found.to(tl.int32) << (tile_n - first)
             if DORA:
                 rest = tl.fma(acc, scale, w - x)
                 f_high, f_low = _dora_factors(_pointer(job, FACTOR, tl.float32), rm, rn, rows, cols, TRANS)
@@ -468,6 +482,8 @@ def merge_tiles(
             elif EXACT and not ASM:
                 x = _round_to_odd(x, tl.fma(acc, scale, w - x))
             _store(out, rm, rn, rows, cols, x, ALIGNED, EVEN)
+    if LIMIT > 0 and not NORM:
+        _note(cancelled, capacity, strip, marks, BM)
 
 
 @triton.jit
@@ -481,30 +497,41 @@ def mend_rows(
     count = tl.minimum(tl.load(cancelled), capacity)
     for i in range(tl.program_id(0), count, PROGRAMS):
         entry = tl.load(cancelled + 1 + i)
-        strip = entry // (BM * STRIP)
+        marks = entry & 0x7FFFFFFF
+        strip, row = (entry >> 32) // BM, (entry >> 32) % BM
         job = jobs + tl.load(strip_jobs + strip).to(tl.int64) * WIDTH
         local = strip - tl.load(job + FIRST_STRIP)
         rows, cols, r = _extent(job, ALIGNED, False)
-        base, factors = _base(job, KIND, W_TYPE, NESTED, ASM), _factors(job, AB_TYPE)
-        strips_n = (cols + BN * STRIP - 1) // (BN * STRIP)
-        tile_m, tile_n = local // strips_n, (local % strips_n) * STRIP + entry // BM % STRIP
-        rm, rn = tile_m * BM + entry % BM + tl.arange(0, 1), tile_n * BN + tl.arange(0, BN)
-        w = _base_tile(job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, False, ASM, BLOCK, NESTED, 1, BN)
-        total = tl.zeros((1, BN), tl.float64)
-        for k in range(0, R_PAD, 16):
-            rk = k + tl.arange(0, 16)
-            left = _left_tile(factors, rm, rk, rows, r, TRANS, False, False, False).to(tl.float64)
-            right = _right_tile(factors, rk, rn, r, cols, TRANS, False, False, False).to(tl.float64)
-            total += tl.sum(tl.trans(left) * right, axis=0)[None, :]
+        base, factors, out = _base(job, KIND, W_TYPE, NESTED, ASM), _factors(job, AB_TYPE), _out(job, OUT_TYPE)
         s = tl.load(job + SCALING).to(tl.float64, bitcast=True)
-        exact = w.to(tl.float64) + s * total
-        if DORA:
-            dora = _pointer(job, FACTOR, tl.float32)
-            f_high, f_low = _dora_factors(dora, rm, rn, rows, cols, TRANS)
-            exact = exact * (f_high.to(tl.float64) + f_low.to(tl.float64))
-        high = exact.to(tl.float32)
-        x = _round_to_odd(high, (exact - high.to(tl.float64)).to(tl.float32))
-        _store(_out(job, OUT_TYPE), rm, rn, rows, cols, x, ALIGNED, False)
+        strips_n = (cols + BN * STRIP - 1) // (BN * STRIP)
+        rm = local // strips_n * BM + row + tl.arange(0, 1)
+        for t in range(STRIP):
+            if (marks >> t) & 1 != 0:
+                tile_n = (local % strips_n) * STRIP + t
+                rn = tile_n * BN + tl.arange(0, BN)
+                w = _base_tile(
+                    job, base, tile_n, rm, rn, rows, cols, KIND, W_TYPE, ALIGNED, False, ASM, BLOCK, NESTED, 1, BN
+                )
+                exact = w.to(tl.float64) + s * _exact_delta(factors, rm, rn, rows, cols, r, TRANS, R_PAD, BN)
+                if DORA:
+                    f_high, f_low = _dora_factors(_pointer(job, FACTOR, tl.float32), rm, rn, rows, cols, TRANS)
+                    exact = exact * (f_high.to(tl.float64) + f_low.to(tl.float64))
+                high = exact.to(tl.float32)
+                x = _round_to_odd(high, (exact - high.to(tl.float64)).to(tl.float32))
+                _store(out, rm, rn, rows, cols, x, ALIGNED, False)
+
+
+@triton.jit
+def _exact_delta(factors, rm, rn, rows, cols, r, TRANS: tl.constexpr, R_PAD: tl.constexpr, BN: tl.constexpr):
+    """B·A in one row of a tile in fp64."""
+    total = tl.zeros((1, BN), tl.float64)
+    for k in range(0, R_PAD, 16):
+        rk = k + tl.arange(0, 16)
+        left = _left_tile(factors, rm, rk, rows, r, TRANS, False, False, False).to(tl.float64)
+        right = _right_tile(factors, rk, rn, r, cols, TRANS, False, False, False).to(tl.float64)
+        total += tl.sum(tl.trans(left) * right, axis=0)[None, :]
+    return total
 
 
 @triton.jit

@@ -29,22 +29,21 @@ class Config:
     stages: int = 3
 
 
-_PLAIN = ((64, 128, 4, 168, 8, 3), (64, 64, 4, 128, 8, 4), (64, 64, 4, 128, 14, 3), (128, 64, 8, 128, 14, 3))
-_QUANTIZED = ((64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 8, 4), (64, 64, 4, 128, 28, 3), (64, 128, 4, 168, 8, 3))
-_SPLIT = ((128, 64, 8, 128, 14, 3), (128, 64, 8, 128, 14, 2), (64, 64, 4, 168, 14, 2), (128, 64, 4, 255, 14, 2))
+_SHAPES = ((64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 8, 4), (64, 128, 4, 168, 8, 3), (128, 64, 8, 128, 14, 3))
+_SPLIT_SHAPES = ((128, 64, 8, 128, 14, 2), (128, 64, 8, 128, 14, 3), (128, 64, 4, 255, 14, 2))
 
 
-def candidates(r_pad: int, *, split: bool, plain: bool, aligned: bool) -> tuple[Config, ...]:
+def candidates(r_pad: int, *, split: bool, aligned: bool) -> tuple[Config, ...]:
     """List the tile shapes worth timing for a kind of merge and its padded rank, the shipped choice first.
 
-    Factors of up to 512 bytes a row are taken whole; longer ones in parts, and then nothing is loaded ahead, nor
-    where elements are loaded one by one.
+    Factors of up to rank 256 (fp32: 64) are taken whole; longer ones in parts, and then nothing is loaded
+    ahead, nor where elements are loaded one by one. A strip has at most 31 tiles: each has a bit of an int32.
     """
     if not aligned:
         return (Config(64, 64, 4, min(r_pad, 64), 0, 8, 1),)
     if r_pad > (64 if split else 256):
         return (Config(64, 64, 4, 64, 168, 8, 1),)
-    shapes = _SPLIT if split else _PLAIN if plain and r_pad <= 128 else _QUANTIZED
+    shapes = _SPLIT_SHAPES if split else _SHAPES
     return tuple(Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in shapes)
 
 

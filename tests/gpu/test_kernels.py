@@ -77,12 +77,13 @@ def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(rest != 0, toward_zero | 1, bits).view(FP32).to(dtype)
 
 
-def check(job: MergeJob, *, share: float = 1e-5, allowed: int = 1) -> None:
+def check(job: MergeJob, *, share: float = 4e-5, allowed: int = 1) -> None:
+    """At most this share differs, by one ulp: it grows with Δ/W, with the rank and where many |W| are small."""
     job.out.fill_(float("nan"))
     merge_job(job)
     ulps = (places(job.out) - places(round_once(exact(job), job.out.dtype))).abs()
     assert int(ulps.max()) <= allowed
-    assert int((ulps > 0).sum()) <= max(3, share * ulps.numel())
+    assert int((ulps > 0).sum()) <= max(8 * allowed, share * ulps.numel())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -91,6 +92,12 @@ def test_plain_bf16(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, cols, r = shape
     out = torch.empty(rows, cols, dtype=BF16, device="cuda")
     check(MergeJob(out, plain(rows, cols), *factors(rows, cols, r, dtype), scaling=2.0))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_trained_adapter_changes_one_element_in_100000_at_most(dtype: torch.dtype) -> None:
+    out = torch.empty(4096, 2048, dtype=BF16, device="cuda")
+    check(MergeJob(out, plain(4096, 2048), *factors(4096, 2048, 64, dtype), scaling=2.0), share=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -209,7 +216,7 @@ def test_a_group_of_all_kinds_under_a_graph() -> None:
     for job in jobs:
         ulps = (places(job.out) - places(round_once(exact(job), BF16))).abs()
         assert int(ulps.max()) <= 1
-        assert int((ulps > 0).sum()) <= 3
+        assert int((ulps > 0).sum()) <= max(8, 4e-5 * ulps.numel())
 
 
 def test_agrees_with_the_torch_fallback() -> None:
