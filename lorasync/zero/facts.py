@@ -122,7 +122,7 @@ def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
         device_map=_devices(getattr(base, "hf_device_map", None)),
         checkpointing=bool(getattr(base, "is_gradient_checkpointing", False)),
         reentrant=_reentrant(model),
-        input_grads=hasattr(base, "_require_grads_hook"),
+        input_grads=_has_input_grads(base),
         training=model.training,
         open_trap=tuple(n for n, m in four.items() if getattr(m, "support_avx512bf16_for_cpu", False)),
         repacked=tuple(n for n, m in four.items() if _is_repacked(m)),
@@ -188,6 +188,13 @@ def _reentrant(model: nn.Module) -> bool | None:
         if isinstance(function, partial):
             return bool(function.keywords.get("use_reentrant", True))
     return None
+
+
+def _has_input_grads(base: nn.Module) -> bool:
+    """Whether the embedding's output is made to require gradients (by transformers or by PEFT, in a hook)."""
+    embed = _embedding(base, "get_input_embeddings")
+    hooks = {} if embed is None else embed._forward_hooks
+    return any("require_grad" in getattr(hook, "__name__", "") for hook in hooks.values())
 
 
 def _is_repacked(module: nn.Module) -> bool:

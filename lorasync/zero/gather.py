@@ -62,10 +62,11 @@ def full_shape(param: Tensor) -> torch.Size:
 def gathered(params: Tensor | Iterable[Tensor], *, timeout: float = _TIMEOUT_S) -> Iterator[list[Tensor]]:
     """Hold parameters whole, for reading, while the context lasts; afterwards they are sharded as before.
 
-    Yields the tensors to read, in the order given. A ZeRO-3 parameter is filled in place, so its module sees it
-    whole too; an FSDP2 parameter stays the DTensor that it is, and a full copy is yielded in its stead. Only
-    what is partitioned is gathered; whole parameters cost nothing. All ranks enter with the same parameters in
-    the same order. Contexts must not overlap in their parameters. Writes would be lost, so they are an error.
+    Yields the tensors to read, in the order given. A ZeRO-3 parameter is filled in place, so its module
+    sees it whole too; an FSDP2 parameter stays the DTensor that it is, and a full copy is yielded in its
+    stead. Only what is partitioned is gathered; whole parameters cost nothing. All ranks enter with the
+    same parameters in the same order. Contexts must not overlap in their parameters. Writes would be lost,
+    so they are an error.
 
     Args:
         params: one tensor or an iterable of them: ZeRO-3, FSDP2 (DTensor) and plain ones may be mixed. For

@@ -230,7 +230,7 @@ def reentrant(case: Case) -> Iterator[Finding]:
             "adapters in it get none.",
             'Call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": '
             "False}), or model.enable_input_require_grads().",
-            "None of the inputs have requires_grad=True. Gradients will be None",
+            "None of the inputs have requires_grad=True. Gradients will be None; loss must be a scalar tensor",
         )
 
 

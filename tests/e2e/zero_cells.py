@@ -66,8 +66,12 @@ class Cell:
 
     @property
     def reference(self) -> Cell:
-        """The ZeRO-0 run that a working cell's losses are compared with."""
-        return Cell(self.quant, 0, self.engine)
+        """The ZeRO-0 run that a working cell's losses are compared with.
+
+        In fp32, because DeepSpeed's ZeRO-0 updates 16-bit weights directly where the other stages have fp32
+        copies.
+        """
+        return Cell(self.quant, 0, "fp32")
 
     def config(self) -> dict[str, Any]:
         # Every parameter is partitioned (threshold 0), or a tiny model would stay whole under ZeRO-3.
@@ -84,8 +88,6 @@ class Cell:
             config["fp16"] = {"enabled": True, "initial_scale_power": 8}
         elif self.engine == "bf16":
             config["bf16"] = {"enabled": True}
-            if self.stage == 0:  # fp32 master weights, which the other stages have without being asked
-                config["data_types"] = {"grad_accum_dtype": "fp32"}
         return config
 
     def job(self, model: Path) -> dict[str, Any]:
@@ -142,7 +144,8 @@ class Outcome:
             found.append(f"{len(first['changed'])} of {first['weights']} base weights changed")
         if first.get("changed_in_forward"):
             found.append(f"{len(first['changed_in_forward'])} base weights wrong in the forward pass")
-        if self.loss_gap is not None and self.loss_gap > TOLERANCE:
+        judged = self.cell.stage > 0 or self.cell.engine == "fp32"
+        if judged and self.loss_gap is not None and self.loss_gap > TOLERANCE:
             found.append(f"loss {self.loss_gap:.4f} away from ZeRO-0's")
         return found
 
@@ -158,14 +161,28 @@ class Outcome:
 def run_cells(
     cells: Iterable[Cell], model: Path, work: Path, *, cell_timeout: float = 120.0
 ) -> dict[Cell, Outcome]:
-    """Run cells one after another in one pair of processes; where a cell hangs, go on with a fresh pair."""
+    """Run cells on two ranks; an option gets processes of its own, because DeepSpeed keeps state."""
     wanted = list(dict.fromkeys(cells))
+    plain = [cell for cell in wanted if not cell.option]
+    batches = ([plain] if plain else []) + [[cell] for cell in wanted if cell.option]
     results: list[dict[str, dict[str, Any]]] = [{} for _ in range(RANKS)]
-    for attempt in range(len(wanted)):
-        todo = [cell for cell in wanted if cell.id not in results[0]]
-        if not todo:
-            break
-        folder = work / str(attempt)
+    for number, batch in enumerate(batches):
+        for rank, found in enumerate(run_batch(batch, model, work / str(number), cell_timeout)):
+            results[rank] |= found
+    losses = {cell: results[0][cell.id].get("losses") for cell in wanted}
+    return {
+        cell: Outcome(cell, [found[cell.id] for found in results], losses.get(cell.reference))
+        for cell in wanted
+    }
+
+
+def run_batch(
+    cells: list[Cell], model: Path, work: Path, cell_timeout: float
+) -> list[dict[str, dict[str, Any]]]:
+    """Run cells one after another in one pair of processes; where one hangs, go on with a fresh pair."""
+    results: list[dict[str, dict[str, Any]]] = [{} for _ in range(RANKS)]
+    while todo := [cell for cell in cells if cell.id not in results[0]]:
+        folder = work / str(len(todo))
         folder.mkdir(parents=True)
         jobs = json.dumps([cell.job(model) for cell in todo]).replace(
             '"NVME"', json.dumps(str(work / "nvme"))
@@ -175,14 +192,9 @@ def run_cells(
         for rank in range(RANKS):
             results[rank] |= read_results(folder / f"{rank}.jsonl")
         if todo[0].id not in results[0]:
-            raise RuntimeError(
-                "the worker died before its first cell: " + (folder / "rank0.log").read_text()[-2000:]
-            )
-    losses = {cell: results[0][cell.id].get("losses") for cell in wanted}
-    return {
-        cell: Outcome(cell, [found[cell.id] for found in results], losses.get(cell.reference))
-        for cell in wanted
-    }
+            log = (folder / "rank0.log").read_text()[-2000:]
+            raise RuntimeError(f"the worker died before its first cell: {log}")
+    return results
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""Presets are frozen data, and what they build is what transformers, PEFT and DeepSpeed take."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+from lorasync.presets import FP4, INT8, LORA_ZERO3, NF4, QLORA_ZERO2
+from lorasync.zero import read_settings
+
+
+def test_presets_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        NF4.name = "other"
+    with pytest.raises(FrozenInstanceError):
+        QLORA_ZERO2.r = 1
+
+
+def test_bnb_config_says_what_the_preset_says():
+    nf4 = NF4.bnb_config()
+    assert (nf4.load_in_4bit, nf4.bnb_4bit_quant_type, nf4.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert (nf4.bnb_4bit_compute_dtype, nf4.bnb_4bit_quant_storage) == (torch.bfloat16, torch.uint8)
+    assert FP4.bnb_config(compute_dtype=torch.float32).bnb_4bit_compute_dtype == torch.float32
+    assert INT8.bnb_config().load_in_8bit
+    assert NF4.bnb_config(llm_int8_skip_modules=["lm_head"]).llm_int8_skip_modules == ["lm_head"]
+    assert (NF4.bits, FP4.bits, INT8.bits) == (4, 4, 8)
+
+
+def test_the_two_training_presets_are_the_documented_ones():
+    assert (QLORA_ZERO2.stage, QLORA_ZERO2.r, QLORA_ZERO2.alpha) == (2, 64, 64)
+    assert (QLORA_ZERO2.quantization, QLORA_ZERO2.dtype) == (NF4, torch.bfloat16)
+    assert (LORA_ZERO3.stage, LORA_ZERO3.quantization, LORA_ZERO3.gradient_checkpointing) == (3, None, True)
+    assert read_settings(LORA_ZERO3.deepspeed_config()).optimizer_offload == "cpu"
+
+
+def test_lora_config_takes_overrides():
+    config = QLORA_ZERO2.lora_config(r=8, target_modules=["q_proj"])
+    assert (config.r, config.lora_alpha, config.target_modules, config.lora_dropout) == (
+        8,
+        64,
+        {"q_proj"},
+        0.0,
+    )
+
+
+def test_deepspeed_config_merges_dicts_replaces_values_and_drops_none():
+    config = QLORA_ZERO2.deepspeed_config(
+        bf16=None, optimizer={"params": {"lr": 1.0}}, gradient_clipping=0.1, zero_optimization={"stage": 3}
+    )
+    assert "bf16" not in config
+    assert config["optimizer"]["params"]["lr"] == 1.0
+    assert config["optimizer"]["params"]["torch_adam"] is True
+    assert (config["gradient_clipping"], config["zero_optimization"]["stage"]) == (0.1, 3)
+    assert QLORA_ZERO2.deepspeed_config()["optimizer"]["params"]["lr"] == 1e-4
+
+
+def test_overriding_accumulation_drops_the_global_batch():
+    preset = replace(QLORA_ZERO2, micro_batch=2, global_batch=16)
+    assert preset.deepspeed_config()["train_batch_size"] == 16
+    assert "train_batch_size" not in preset.deepspeed_config(gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)]
+)
+def test_precision_is_the_engines_dtype(precision: str, dtype: torch.dtype | None):
+    preset = replace(QLORA_ZERO2, precision=precision)
+    expected = torch.float32 if dtype is None else dtype
+    assert preset.dtype == expected
+    assert read_settings(preset.deepspeed_config()).engine_dtype == expected
