@@ -214,8 +214,8 @@ class CheckpointSource:
     def _check(self) -> None:
         if self.spec.base_changed_by is not None:
             raise LoadError(
-                f"adapter: got init_lora_weights={self.spec.base_changed_by!r}, which changed its base, expected "
-                "an adapter for the base as published. Load both with PEFT and pass the model instead."
+                f"adapter: got init_lora_weights={self.spec.base_changed_by!r}, which changed its base, "
+                "expected one for the base as published. Load both with PEFT and pass the model instead."
             )
         wrong = [
             Mismatch(name, "tied weights that differ", "one update", "Pass untie=True.")
