@@ -1,4 +1,4 @@
-"""The guard: every row and trap of the facts, each in a case that is wrong and its neighbour that is right."""
+"""The guard: every combination and trap, in a case that is wrong and in its neighbour that is right."""
 
 from __future__ import annotations
 
