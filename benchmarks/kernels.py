@@ -3,9 +3,10 @@
     python benchmarks/kernels.py                      # Qwen2-7B shape, r=64, every kind of base; needs a GPU
     python benchmarks/kernels.py --layers 2 --sweep   # time many tile shapes as well
 
-For each kind the same run times the usual ways (torch.addmm into the storage; out-of-place fp32 torch ops; for 4-bit
-dequantize, then addmm), asserts that all give the same weights to one ulp of W, and counts what differs from the fp64
-result rounded once. The floor is bytes (base read once, result written once) over the copy bandwidth measured here.
+For each kind the same run times the usual ways (torch.addmm into the storage; out-of-place fp32 torch ops;
+for 4-bit dequantize, then addmm), asserts that all give the same weights to one ulp of the terms, and counts
+what differs from the fp64 result rounded once. The floor is bytes (base read once, result written once) over
+the copy bandwidth measured here.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -27,9 +28,13 @@ from lorasync.kernels import GroupedMerge, Int8Base, MergeJob, NestedAbsmax, Pac
 from lorasync.kernels.launch import Launch, variant_of
 from lorasync.kernels.tune import Config
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+       1.0]  # fmt: skip
 HIDDEN, KV, MLP = 3584, 512, 18944
 MODULES = {
     "q": (HIDDEN, HIDDEN), "k": (KV, HIDDEN), "v": (KV, HIDDEN), "o": (HIDDEN, HIDDEN),
@@ -58,11 +63,12 @@ KINDS = (
     Kind("bf16 base, bf16 factors, DoRA", "bf16", BF16, dora=True),
 )
 SWEEP = [
-    (64, 64, 4, 128, 8, 3), (64, 64, 4, 128, 4, 3), (64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 28, 3), (64, 64, 4, 112, 8, 3),
-    (64, 64, 4, 96, 8, 3), (64, 64, 4, 80, 8, 3), (64, 64, 4, 128, 8, 2), (64, 64, 4, 128, 8, 4), (64, 64, 4, 96, 8, 4),
-    (128, 64, 8, 128, 8, 3), (128, 64, 8, 128, 14, 3), (128, 64, 8, 96, 8, 3), (128, 64, 8, 128, 8, 4),
-    (64, 128, 4, 168, 8, 3), (64, 128, 4, 200, 8, 3), (64, 128, 8, 96, 7, 3), (64, 128, 8, 128, 7, 3),
-    (128, 128, 8, 168, 7, 2), (128, 128, 8, 128, 7, 3), (64, 32, 4, 96, 14, 4), (128, 32, 4, 128, 14, 3), (64, 256, 8, 168, 7, 2),
+    (64, 64, 4, 128, 8, 3), (64, 64, 4, 128, 4, 3), (64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 28, 3),
+    (64, 64, 4, 112, 8, 3), (64, 64, 4, 96, 8, 3), (64, 64, 4, 80, 8, 3), (64, 64, 4, 128, 8, 2),
+    (64, 64, 4, 128, 8, 4), (64, 64, 4, 96, 8, 4), (128, 64, 8, 128, 8, 3), (128, 64, 8, 128, 14, 3),
+    (128, 64, 8, 96, 8, 3), (128, 64, 8, 128, 8, 4), (64, 128, 4, 168, 8, 3), (64, 128, 4, 200, 8, 3),
+    (64, 128, 8, 96, 7, 3), (64, 128, 8, 128, 7, 3), (128, 128, 8, 168, 7, 2), (128, 128, 8, 128, 7, 3),
+    (64, 32, 4, 96, 14, 4), (128, 32, 4, 128, 14, 3), (64, 256, 8, 168, 7, 2),
 ]  # fmt: skip
 
 
@@ -72,7 +78,9 @@ def outputs(layers: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     for _ in range(layers):
         slices: dict[str, Tensor] = {}
         for members in FUSED.values():
-            fused = torch.empty(sum(MODULES[m][0] for m in members), MODULES[members[0]][1], dtype=dtype, device="cuda")
+            fused = torch.empty(
+                sum(MODULES[m][0] for m in members), MODULES[members[0]][1], dtype=dtype, device="cuda"
+            )
             start = 0
             for m in members:
                 slices[m] = fused[start : start + MODULES[m][0]]
@@ -136,17 +144,24 @@ def timed(run: Callable[[], object], repeats: int) -> float:
 
 def addmm(jobs: list[MergeJob], scratch: Callable[[PackedBase, Tensor], Tensor] | None) -> Callable[[], None]:
     """torch.addmm into the live storage, a packed base dequantized first."""
+
     def run() -> None:
         for job in jobs:
             base = job.base.weight if scratch is None else scratch(job.base, job.out)
-            torch.addmm(base, job.lora_b.to(base.dtype), job.lora_a.to(base.dtype), alpha=job.scaling, out=job.out)
+            torch.addmm(
+                base, job.lora_b.to(base.dtype), job.lora_a.to(base.dtype), alpha=job.scaling, out=job.out
+            )
+
     return run
 
 
 def out_of_place(jobs: list[MergeJob]) -> Callable[[], None]:
     def run() -> None:
         for job in jobs:
-            job.out.copy_(job.base.weight.float() + (job.lora_b.float() @ job.lora_a.float()).mul_(job.scaling))
+            job.out.copy_(
+                job.base.weight.float() + (job.lora_b.float() @ job.lora_a.float()).mul_(job.scaling)
+            )
+
     return run
 
 
@@ -220,7 +235,10 @@ def sweep(kind: Kind, jobs: list[MergeJob], floor: float, args_rank: int) -> Non
 
     with ThreadPoolExecutor(12) as pool:
         launches = [x for x in pool.map(prepare, configs) if x is not None]
-    rows = sorted((timed(lambda go=launch.run: [go() for _ in range(4)], 3) / 4, str(launch.config)) for launch in launches)
+    rows = sorted(
+        (timed(lambda go=launch.run: [go() for _ in range(4)], 3) / 4, str(launch.config))
+        for launch in launches
+    )
     print(f"sweep {kind.name}: floor {floor:.2f} ms")
     for ms, config in rows:
         print(f"  {ms:7.2f} ms  {ms / floor:.2f}x  {config}")
@@ -234,7 +252,9 @@ def graph_of(merge: GroupedMerge) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(kind: Kind, live: list[dict[str, Tensor]], args: argparse.Namespace, bandwidth: float) -> list[str]:
+def measure(
+    kind: Kind, live: list[dict[str, Tensor]], args: argparse.Namespace, bandwidth: float
+) -> list[str]:
     jobs = build(kind, live, args.rank, args.b_std)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -258,7 +278,16 @@ def measure(kind: Kind, live: list[dict[str, Tensor]], args: argparse.Namespace,
     cpu = time.perf_counter()
     merge.run()
     cpu = time.perf_counter() - cpu
-    rows = [line(kind.name, "lorasync, eager", timed(merge.run, 20), floor, error, f"plan {first:.1f} s, host {cpu * 1e3:.2f} ms, extra {extra >> 20} MB, {noted} rows mended; {config}")]
+    rows = [
+        line(
+            kind.name,
+            "lorasync, eager",
+            timed(merge.run, 20),
+            floor,
+            error,
+            f"plan {first:.1f} s, host {cpu * 1e3:.2f} ms, extra {extra >> 20} MB, {noted} mended, {config}",
+        )
+    ]
     graph = graph_of(merge)
     rows.append(line(kind.name, "lorasync, CUDA graph", timed(graph.replay, 20), floor, error, ""))
     rows += baselines(kind, jobs, floor, merged, args)
@@ -274,7 +303,9 @@ def plan_only(kind: Kind, live: list[dict[str, Tensor]], args: argparse.Namespac
     print(f"{kind.name}: planned and loaded in {time.perf_counter() - start:.2f} s", flush=True)
 
 
-def baselines(kind: Kind, jobs: list[MergeJob], floor: float, merged: list[Tensor], args: argparse.Namespace) -> list[str]:
+def baselines(
+    kind: Kind, jobs: list[MergeJob], floor: float, merged: list[Tensor], args: argparse.Namespace
+) -> list[str]:
     ways: dict[str, Callable[[], None]] = {}
     if kind.dora or kind.base in ("int8", "nf4n"):
         return []
@@ -291,24 +322,33 @@ def baselines(kind: Kind, jobs: list[MergeJob], floor: float, merged: list[Tenso
         for job, ours in zip(jobs[:7], merged, strict=True):
             gap = (job.out.float() - ours.float()).abs()
             base = job.base.dequantize().float()
-            ulp = (ours.float().abs() + base.abs()) * 2**-7 + (ours.float() - base).abs().amax(1, keepdim=True) * 2**-8
+            ulp = (ours.float().abs() + base.abs()) * 2**-7 + (ours.float() - base).abs().amax(
+                1, keepdim=True
+            ) * 2**-8
             assert bool((gap <= ulp).all()), f"{name}: {job.name} differs by more than an ulp of the terms"
-        rows.append(line(kind.name, name, timed(run, 10), floor, compare(jobs, sample=min(7, args.check)), ""))
+        rows.append(
+            line(kind.name, name, timed(run, 10), floor, compare(jobs, sample=min(7, args.check)), "")
+        )
     return rows
 
 
 def line(kind: str, way: str, ms: float, floor: float, error: Error, note: str) -> str:
     share = error.differ / max(1, error.elements)
-    return f"| {kind} | {way} | {ms:.2f} | {ms / floor:.2f} | {share:.1e} | {error.beyond} of {error.elements:.1e} | {note} |"
+    beyond = f"{error.beyond} of {error.elements:.1e}"
+    return f"| {kind} | {way} | {ms:.2f} | {ms / floor:.2f} | {share:.1e} | {beyond} | {note} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--b-std", type=float, default=0.005)
     parser.add_argument("--check", type=int, default=10**6, help="how many matrices are compared with fp64")
-    parser.add_argument("--kinds", default="", help="only kinds whose name contains one of these, separated by ;")
+    parser.add_argument(
+        "--kinds", default="", help="only kinds whose name contains one of these, separated by ;"
+    )
     parser.add_argument("--sweep", action="store_true", help="time many tile shapes")
     parser.add_argument("--tune", action="store_true", help="let the planner time its own candidates first")
     parser.add_argument("--plan-only", action="store_true", help="only say how long planning takes")
@@ -317,9 +357,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth = copy_bandwidth()
+    machine = (
+        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}; "
+        f"copy {bandwidth / 1e12:.2f} TB/s; {args.layers} layers of Qwen2-7B's shape, r={args.rank}"
+    )
     head = [
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, triton {triton.__version__}, "
-        f"copy {bandwidth / 1e12:.2f} TB/s; {args.layers} layers of Qwen2-7B's shape, r={args.rank}", "",
+        machine,
+        "",
         "| kind | way | median ms | × floor | differ from fp64 rounded once | by more than one ulp | note |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -337,7 +381,19 @@ def main() -> None:
         return
     print("\n".join(head + rows))
     if args.results:
-        args.results.write_text("\n".join([f"# {__doc__.splitlines()[0]}", "", f"`{' '.join(['python', *sys.argv])}`", "", *head, *rows, ""]))
+        args.results.write_text(
+            "\n".join(
+                [
+                    f"# {__doc__.splitlines()[0]}",
+                    "",
+                    f"`{' '.join(['python', *sys.argv])}`",
+                    "",
+                    *head,
+                    *rows,
+                    "",
+                ]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a merge reads from: a plain weight, or one that bitsandbytes packed into 4 or 8 bits.
 
-The dataclasses hold tensors and know nothing of modules; `dequantize` is the reference for the kernels and, bit for
-bit, what bitsandbytes computes.
+The dataclasses hold tensors and know nothing of modules; `dequantize` is the reference for the kernels and,
+bit for bit, what bitsandbytes computes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class PlainBase:
         """Yield every tensor by name."""
         yield "weight", self.weight
 
+    @property
+    def traffic(self) -> int:
+        """The bytes of one pass over the weight."""
+        return self.weight.numel() * self.weight.element_size()
+
     def dequantize(self) -> Tensor:
         """Return the weight itself."""
         return self.weight
@@ -70,8 +75,8 @@ class PackedBase:
     """A weight in bitsandbytes' 4-bit layout (NF4, FP4), or a rectangle of one.
 
     Args:
-        packed: uint8, two elements a byte, row-major, the first in the high four bits (another dtype is viewed as
-            uint8: ``bnb_4bit_quant_storage``).
+        packed: uint8, two elements a byte, row-major, the first in the high four bits (another dtype, as
+            ``bnb_4bit_quant_storage`` has it, is viewed as uint8).
         absmax: fp32, one scale for each ``blocksize`` elements; uint8 where ``nested`` is given.
         code: fp32, the 16 values.
         blocksize: Elements of one scale, counted row-major over the whole packed weight.
@@ -84,7 +89,9 @@ class PackedBase:
     Example:
         >>> import torch
         >>> code = torch.linspace(-1, 1, 16)
-        >>> base = PackedBase(torch.full((4,), 0x0F, dtype=torch.uint8), torch.tensor([2.0]), code, 64, (2, 4))
+        >>> base = PackedBase(
+        ...     torch.full((4,), 0x0F, dtype=torch.uint8), torch.tensor([2.0]), code, 64, (2, 4)
+        ... )
         >>> base.dequantize().tolist()
         [[-2.0, 2.0, -2.0, 2.0], [-2.0, 2.0, -2.0, 2.0]]
         >>> base.rectangle(rows=(1, 2), cols=(1, 4)).dequantize().tolist()
@@ -126,7 +133,7 @@ class PackedBase:
         return self.shape[1] if self.row_stride is None else self.row_stride
 
     def rectangle(self, *, rows: tuple[int, int], cols: tuple[int, int]) -> PackedBase:
-        """Take rows ``rows[0]`` to ``rows[1]`` and the same of columns, as a view (a tensor-parallel shard)."""
+        """Take rows ``rows[0]`` to ``rows[1]``, and so for columns, as a view (a tensor-parallel shard)."""
         offset = self.offset + rows[0] * self.stride + cols[0]
         shape = (rows[1] - rows[0], cols[1] - cols[0])
         return replace(self, shape=shape, offset=offset, row_stride=self.stride)
@@ -136,6 +143,12 @@ class PackedBase:
         yield from (("packed", self.packed), ("absmax", self.absmax), ("code", self.code))
         if self.nested is not None:
             yield from (("nested.absmax", self.nested.absmax), ("nested.code", self.nested.code))
+
+    @property
+    def traffic(self) -> int:
+        """The bytes of one pass over the weight: half a byte an element, and the scales of its blocks."""
+        elements = self.shape[0] * self.shape[1]
+        return elements // 2 + elements // self.blocksize * self.absmax.element_size()
 
     def scales(self) -> Tensor:
         """Compute one fp32 scale for each block."""
@@ -182,6 +195,11 @@ class Int8Base:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor by name."""
         yield from (("weight", self.weight), ("scales", self.scales))
+
+    @property
+    def traffic(self) -> int:
+        """The bytes of one pass over the weight."""
+        return self.weight.numel() * self.weight.element_size()
 
     def dequantize(self) -> Tensor:
         """Compute the weight in ``dtype``; source: ``bitsandbytes.functional.int8_vectorwise_dequant``."""

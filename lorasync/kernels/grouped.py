@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 class GroupedMerge:
     """A list of merges in as few launches as there are kinds of them.
 
-    Planning checks every job, sorts the jobs by kind (dtypes, base, rank), writes one table of pointers for each
-    kind and compiles its kernel; nothing is written into any ``out``. `run` then reads whatever the same storages
-    hold at that moment: refill ``lora_a`` and ``lora_b`` in place and run again. On a CPU the jobs run one by one,
-    with `lorasync.merge`'s arithmetic, which is PEFT's.
+    Planning checks every job, sorts the jobs by kind (dtypes, base, rank), writes one table of pointers for
+    each kind and compiles its kernel; nothing is written into any ``out``. `run` then reads whatever the same
+    storages hold at that moment: refill ``lora_a`` and ``lora_b`` in place and run again. On a CPU, or
+    without Triton, the jobs run one by one, with `lorasync.merge`'s arithmetic, which is PEFT's.
 
     Args:
         jobs: The merges. The storages must stay where they are for as long as this object is used.
@@ -51,7 +52,7 @@ class GroupedMerge:
         self.launches: tuple[Launch, ...] = _launches(self.jobs, tune=tune) if _on_gpu(self.jobs) else ()
 
     def run(self) -> None:
-        """Merge every job with the current contents of its factors, on the current stream; may be graph-captured."""
+        """Merge every job with what its factors hold now, on the current stream; may be graph-captured."""
         if self.launches:
             for launch in self.launches:
                 launch.run()
@@ -72,7 +73,9 @@ def merge_job(job: MergeJob) -> None:
         >>> import torch
         >>> from lorasync.kernels import MergeJob, PlainBase, merge_job
         >>> out = torch.empty(1, 2)
-        >>> merge_job(MergeJob(out, PlainBase(torch.ones(1, 2)), torch.ones(4, 2), torch.ones(1, 4), scaling=0.25))
+        >>> merge_job(
+        ...     MergeJob(out, PlainBase(torch.ones(1, 2)), torch.ones(4, 2), torch.ones(1, 4), scaling=0.25)
+        ... )
         >>> out.tolist()
         [[2.0, 2.0]]
     """
@@ -92,7 +95,7 @@ def merge_in_torch(job: MergeJob) -> None:
 
 
 def _on_gpu(jobs: Sequence[MergeJob]) -> bool:
-    return bool(jobs) and jobs[0].out.device.type == "cuda"
+    return bool(jobs) and jobs[0].out.device.type == "cuda" and find_spec("triton") is not None
 
 
 def _launches(jobs: Sequence[MergeJob], *, tune: bool) -> tuple[Launch, ...]:
@@ -102,8 +105,4 @@ def _launches(jobs: Sequence[MergeJob], *, tune: bool) -> tuple[Launch, ...]:
 
 
 def _traffic(job: MergeJob) -> int:
-    read = sum(tensor.numel() * tensor.element_size() for _, tensor in job.base.tensors())
-    whole = job.out.numel()
-    if hasattr(job.base, "packed"):  # a rectangle reads its share
-        read = int(read * whole / (2 * job.base.packed.numel() * job.base.packed.element_size()))
-    return read + whole * job.out.element_size()
+    return job.base.traffic + job.out.numel() * job.out.element_size()

@@ -23,10 +23,10 @@ class MergeJob:
     """Write round(W + s·B·A) into ``out``; with ``magnitude`` DoRA's m / ‖W + s·B·A‖ · (W + s·B·A).
 
     Args:
-        out: Where the result goes: bf16, fp16 or fp32, the base's shape, any strides (a slice of a fused weight).
+        out: Where the result goes: bf16, fp16 or fp32, W's shape, any strides (a slice of a fused weight).
         base: W, which is only read; it must not overlap ``out`` where the job is to run more than once.
-        lora_a: A, of shape (r, in_features), unit stride along its rows.
-        lora_b: B, of shape (out_features, r), unit stride along its rows.
+        lora_a: A, of shape (r, in_features).
+        lora_b: B, of shape (out_features, r).
         scaling: s.
         fan_in_fan_out: Whether W is stored as (in_features, out_features).
         magnitude: DoRA's m, of shape (out_features,), or None.
@@ -60,7 +60,10 @@ def _shape_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
         return [Mismatch(name, got, "A (r, in), B (out, r)", "Gather both factors whole.")]
     n_out, n_in = job.lora_b.shape[0], job.lora_a.shape[1]
     expected = (n_in, n_out) if job.fan_in_fan_out else (n_out, n_in)
-    shapes = [("out", tuple(job.out.shape), expected), ("base", tuple(job.base.shape), expected)]
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
+        ("out", tuple(job.out.shape), expected),
+        ("base", tuple(job.base.shape), expected),
+    ]
     if job.magnitude is not None:
         shapes.append(("magnitude", tuple(job.magnitude.flatten().shape), (n_out,)))
     fix = "Is the adapter for this weight, and is fan_in_fan_out right?"
@@ -68,7 +71,12 @@ def _shape_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
 
 
 def _dtype_mismatches(job: MergeJob, name: str) -> list[Mismatch]:
-    parts = {"out": job.out.dtype, "base": job.base.dtype, "lora_a": job.lora_a.dtype, "lora_b": job.lora_b.dtype}
+    parts = {
+        "out": job.out.dtype,
+        "base": job.base.dtype,
+        "lora_a": job.lora_a.dtype,
+        "lora_b": job.lora_b.dtype,
+    }
     expected = "bfloat16, float16 or float32"
     return [
         Mismatch(f"{name}.{part}", str(dtype), expected, "Cast it.")

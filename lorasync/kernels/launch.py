@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ import triton.language as tl
 
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.bases import Int8Base, PackedBase, PlainBase
-from lorasync.kernels.triton_merge import FIELDS, dora_factor, mend_rows, merge_tiles
+from lorasync.kernels.triton_merge import dora_factor, mend_rows, merge_tiles
+from lorasync.kernels.triton_tiles import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from lorasync.kernels.tune import Config
 
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-CANCELLED = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-11, torch.float32: 0.0}
-"""Below this share of its row's largest delta an element is computed again in fp64: fp32's error nears an ulp."""
+CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13, torch.float32: 0.0}
+"""Below this share of the row's largest delta, times the steps of 16 ranks after which tensor cores cut off,
+fp32's error may come near an ulp: such an element is computed again in fp64."""
 
 FACTOR_BLOCK, MEND_PROGRAMS = 128, 1024
 
@@ -69,11 +72,13 @@ class Launch:
         self.n_jobs, self.n_strips = len(rows), sum(strips)
         self._jobs = torch.tensor(rows, dtype=torch.int64).to(variant.device)
         counts = torch.tensor(strips)
-        self._strip_jobs = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(variant.device)
+        self._strip_jobs = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(
+            variant.device
+        )
         self._max_features = max(job.lora_b.shape[0] for job in jobs)
 
     def prime(self) -> None:
-        """Compile and load every kernel by a launch on a job without elements: it reads and writes nothing."""
+        """Compile and load every kernel by a launch on no job: it reads and writes nothing."""
         empty = self._jobs[:1].clone()
         for field in ("rows", "cols"):
             empty[:, FIELDS.index(field)] = 0
@@ -97,7 +102,11 @@ class Launch:
             self._merge(jobs, strip_jobs, n_strips, norm=True)
             blocks = triton.cdiv(self._max_features, FACTOR_BLOCK)
             dora_factor[(n_jobs, blocks)](
-                jobs, M_TYPE=TRITON_TYPES[variant.magnitude_dtype], TRANS=trans, TILE=config.bm if trans else config.bn, BF=FACTOR_BLOCK
+                jobs,
+                M_TYPE=TRITON_TYPES[variant.magnitude_dtype],
+                TRANS=trans,
+                TILE=config.bm if trans else config.bn,
+                BF=FACTOR_BLOCK,
             )
         self._buffers["cancelled"][:1].zero_()
         self._merge(jobs, strip_jobs, n_strips, norm=False)
@@ -117,7 +126,13 @@ class Launch:
         skipped = ("SPLIT", "R_ALIGNED", "EXACT", "LIMIT", "RK", "STAGES", "EVEN")
         constants = {name: value for name, value in self._constants.items() if name not in skipped}
         mend_rows[(MEND_PROGRAMS,)](
-            jobs, strip_jobs, cancelled, cancelled.numel() - 1, PROGRAMS=MEND_PROGRAMS, enable_fp_fusion=False, **constants
+            jobs,
+            strip_jobs,
+            cancelled,
+            cancelled.numel() - 1,
+            PROGRAMS=MEND_PROGRAMS,
+            enable_fp_fusion=False,
+            **constants,
         )
 
 
@@ -136,7 +151,7 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
 
 
 def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
-    """Pick the tile shape: what was measured here before, else measured now (``tune``), else what is shipped."""
+    """Pick the tile shape: what was measured here before, else (``tune``) now, else what is shipped."""
     choices = tuning.candidates(variant.r_pad, split=variant.split, aligned=variant.aligned)
     key = _tuning_key(variant)
     stored = tuning.known(key)
@@ -208,7 +223,7 @@ def _constants(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> di
         "NESTED": variant.nested,
         "DORA": variant.magnitude_dtype is not None,
         "EXACT": variant.out_dtype != torch.float32,
-        "LIMIT": CANCELLED[variant.out_dtype],
+        "LIMIT": CANCELLED[variant.out_dtype] * max(4, variant.r_pad // 16),
         "BM": config.bm,
         "BN": config.bn,
         "RK": config.rk,
@@ -237,7 +252,8 @@ def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict
 
 
 def _parts(job: MergeJob, config: Config) -> int:
-    return triton.cdiv(job.lora_a.shape[1], config.bm if job.fan_in_fan_out else config.bn)
+    size = config.bm if job.fan_in_fan_out else config.bn
+    return -(-job.lora_a.shape[1] // size)
 
 
 def _table(
@@ -307,7 +323,7 @@ def _bits(value: float) -> int:
 
 
 def _scratch_jobs(jobs: Sequence[MergeJob], limit: int = 64 << 20) -> list[MergeJob]:
-    """The largest job a few times over, cut to ``limit`` bytes, writing into memory of its own: for timing."""
+    """The largest job a few times over, up to ``limit`` bytes, with an output of its own: for timing."""
     job = max(jobs, key=lambda j: j.out.numel())
     out = torch.empty_like(job.out, memory_format=torch.contiguous_format)
     return [replace(job, out=out)] * max(1, min(4, limit // max(1, out.numel() * out.element_size())))
@@ -316,9 +332,10 @@ def _scratch_jobs(jobs: Sequence[MergeJob], limit: int = 64 << 20) -> list[Merge
 def _time(launch: Launch) -> float:
     """The milliseconds of one run: the best of five after one."""
     launch.run()
-    times = []
+    times: list[float] = []
+    event = partial(torch.cuda.Event, enable_timing=True)
     for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = event(), event()
         start.record()
         launch.run()
         end.record()

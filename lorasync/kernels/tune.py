@@ -1,4 +1,4 @@
-"""Tile shapes: what to use for a kind of merge, and what was measured to be best on this GPU, kept on disk."""
+"""Tile shapes: what to use for a kind of merge, and what was measured best on this GPU, kept on disk."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Config:
     """A tile of ``bm`` rows and ``bn`` columns by ``warps`` warps, ``rk`` ranks at a time.
 
-    ``registers`` caps a thread's registers (0: no cap), so that more tiles fit on a multiprocessor. A program merges ``strip``
-    tiles side by side and loads ``stages`` - 1 of them ahead.
+    ``registers`` caps a thread's registers (0: no cap), so that more tiles fit on a multiprocessor. A program
+    merges ``strip`` tiles side by side and loads ``stages`` - 1 of them ahead.
     """
 
     bm: int
@@ -44,11 +44,13 @@ def candidates(r_pad: int, *, split: bool, aligned: bool) -> tuple[Config, ...]:
     if r_pad > (64 if split else 256):
         return (Config(64, 64, 4, 64, 168, 8, 1),)
     shapes = _SPLIT_SHAPES if split else _SHAPES
-    return tuple(Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in shapes)
+    return tuple(
+        Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in shapes
+    )
 
 
 def cache_path() -> Path:
-    """Say where measured choices are kept: ``LORASYNC_CACHE_DIR``, or ``lorasync`` in the user's cache directory."""
+    """Say where measured choices are kept: ``LORASYNC_CACHE_DIR``, else ``lorasync`` in the user's cache."""
     own = os.environ.get("LORASYNC_CACHE_DIR")
     if own:
         return Path(own) / "kernels.json"

@@ -19,7 +19,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
      -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+     1.0]
 )  # fmt: skip
 SHAPES = [(1024, 2048, 64), (1000, 1234, 7), (513, 96, 1), (768, 1536, 8), (640, 640, 256), (33, 4096, 100)]
 
@@ -78,7 +79,7 @@ def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check(job: MergeJob, *, share: float = 4e-5, allowed: int = 1) -> None:
-    """At most this share differs, by one ulp: it grows with Δ/W, with the rank and where many |W| are small."""
+    """At most this share differs, by one ulp; it grows with Δ/W, the rank and the share of small |W|."""
     job.out.fill_(float("nan"))
     merge_job(job)
     ulps = (places(job.out) - places(round_once(exact(job), job.out.dtype))).abs()
