@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would shadow the package of that name
+_COMPARED = 30
 WAYS = ("ours", "merge_adapter", "merge_adapter, drift", "merge_and_unload")
 BILLION = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
@@ -114,10 +115,12 @@ def measure(which: str, way: str, smollm2: str, repeats: int) -> dict[str, Any]:
 
 
 def errors(model: Any, merged: Iterator[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """Compare with fp64 rounded once."""
+    """Compare with fp64 rounded once, for up to about `_COMPARED` modules."""
     base = {n: m.base_layer.weight.detach().clone() for n, m in lora_layers(model).items()}
     layers, wrong, total, square, deltas = lora_layers(model), 0, 0, 0.0, 0.0
-    for name, tensor in merged:
+    for index, (name, tensor) in enumerate(merged):
+        if index % max(1, len(layers) // _COMPARED):
+            continue
         layer = layers[name]
         delta = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
         delta *= layer.scaling["default"]
@@ -146,7 +149,7 @@ def main() -> None:
         print(json.dumps(measure(which, way, options.smollm2, int(repeats))))
         return
     rows = []
-    for which, repeats in (("smollm2", 5), ("1b", 2)):
+    for which, repeats in (("smollm2", 5), ("1b", 1)):
         for way in WAYS:
             command = [
                 sys.executable,
