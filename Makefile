@@ -21,8 +21,8 @@ help:
 quickstart: setup
 	$(RUN) examples/quickstart.py $(MODEL)
 
-## make test         all tests but the long ones, and the linters
-test: setup lint
+## make test         all tests but the long ones
+test: setup
 	$(PYTEST) -m "not gpu and not matrix and not slow"
 
 ## make test-fast    the tests that start no vLLM and no DeepSpeed

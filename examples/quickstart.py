@@ -128,7 +128,7 @@ def draw(rewards: list[float], path: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=".models/SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--plot", default="quickstart.png")
     options = parser.parse_args()
     main(options.model, options.steps, options.plot)

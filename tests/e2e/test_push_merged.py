@@ -222,4 +222,4 @@ def _dequantized(base) -> torch.Tensor:
 
 
 def _error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
