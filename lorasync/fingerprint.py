@@ -1,0 +1,46 @@
+"""Is this the base that was trained on? Both sides compare the same few elements of every weight.
+
+Whole weights need not travel, nor be whole anywhere: a tensor-parallel rank checks the elements that it holds.
+Two checkpoints that differ (another model, another revision, 4-bit instead of bf16) differ almost everywhere,
+so 32 elements a weight find it; a change of single elements is what the digests of a push are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class WeightSample:
+    """Elements of one base weight: flat row-major positions, and the values there as the trainer reads them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    base: str
+    positions: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def positions(name: str, numel: int, *, count: int = SAMPLES) -> tuple[int, ...]:
+    """Which elements of a weight are compared: chosen by its name, so that every run compares the same ones."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return tuple(sorted(random.Random(seed).sample(range(numel), min(count, numel))))
+
+
+def to_json(samples: Mapping[str, WeightSample]) -> str:
+    """Write samples by checkpoint name as JSON; Python writes floats so that they are read back exactly."""
+    return json.dumps({name: asdict(sample) for name, sample in samples.items()})
+
+
+def from_json(text: str) -> dict[str, WeightSample]:
+    """Read what `to_json` wrote."""
+    return {
+        name: WeightSample(s["dtype"], tuple(s["shape"]), s["base"], tuple(s["positions"]), tuple(s["values"]))
+        for name, s in json.loads(text).items()
+    }

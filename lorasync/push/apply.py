@@ -1,0 +1,74 @@
+"""What the engine's workers are to do with factors: serve them as an adapter, or merge them into the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lorasync.errors import MismatchError
+from lorasync.errors import Mismatch as _Mismatch
+
+BaseKind = Literal["device", "cpu", "checkpoint", "nf4"]
+
+
+@dataclass(frozen=True)
+class MergeInWorker:
+    """Send A and B; each worker computes W = base + s·B·A from a base that it keeps, and serves at full speed.
+
+    The live weights are always made anew from the pristine base: nothing is ever subtracted, so nothing drifts.
+
+    Args:
+        base: where the worker keeps the base of the weights that are merged:
+
+            ============== ======================================= ==============================================
+            ``device``     a copy on the engine's device           as many bytes again as the merged weights
+            ``cpu``        a copy in host memory (pinned)          none on the device; read over the bus each sync
+            ``checkpoint`` read again from disk at each sync       none
+            ``nf4``        the trainer's packed 4-bit weights,     a quarter of ``device``; for a QLoRA policy
+                           sent once                               this *is* the base, exactly
+            ============== ======================================= ==============================================
+
+    Example:
+        >>> MergeInWorker(base="nf4").base
+        'nf4'
+    """
+
+    base: BaseKind
+
+    def __post_init__(self) -> None:
+        if self.base not in get_args(BaseKind):
+            raise MismatchError(
+                "MergeInWorker does not know this base.",
+                [_Mismatch("base", repr(self.base), ", ".join(map(repr, get_args(BaseKind))), "Choose one.")],
+            )
+
+
+@dataclass(frozen=True)
+class ServeAdapter:
+    """Put the adapter into vLLM's LoRA slots, from memory; requests name it with `Sync.request`.
+
+    Needs an engine started with ``enable_lora=True``. Each push gets a name and id of its own (``name@version``):
+    two versions in flight keep apart, and no cached key or value of the old one is used for the new.
+
+    Args:
+        name: the adapter's name in the engine.
+        other_base: serve it although the engine holds another base than the one trained on. A QLoRA policy was
+            trained on dequantized 4-bit weights; on the hub's 16-bit ones it is a (slightly) different policy.
+
+    Example:
+        >>> ServeAdapter("policy").name
+        'policy'
+    """
+
+    name: str
+    other_base: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or "@" in self.name:
+            raise MismatchError(
+                "ServeAdapter needs a usable name.",
+                [_Mismatch("name", repr(self.name), "a name without '@' (versions are told apart by it)", "Choose one.")],
+            )
+
+
+Apply = MergeInWorker | ServeAdapter

@@ -1,0 +1,198 @@
+"""The pristine base that a worker merges from, in the coordinates of what this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from lorasync.errors import Mismatch, MismatchError, SyncError
+from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
+from lorasync.receive.live import LiveModel
+from lorasync.receive.plan import ManifestEntry, Row
+from lorasync.wire import dtype_name
+
+
+class Bases(Protocol):
+    """Where base weights come from. ``rectangle`` is the part of a weight that a row of the load plan names."""
+
+    def rectangle(self, row: Row) -> Base: ...
+
+    def whole(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows and columns of a two-dimensional checkpoint tensor."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+
+    @classmethod
+    def of(cls, row: Row, columns: int) -> Rectangle:
+        """The rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
+        top, left = divmod(row.source.offset, columns)
+        height, width = row.source.shape
+        assert row.source.stride in ((columns, 1), (width, 1)), row
+        return cls((top, top + height), (left, left + width))
+
+
+class CopiedBases:
+    """Copies of the live weights, taken while they are pristine; whole tensors where they are not plain slices.
+
+    They outlive a session: a trainer that comes back merges from the same base.
+    """
+
+    def __init__(self, device: torch.device | str, checkpoint: CheckpointBases) -> None:
+        self.device = torch.device(device)
+        self._checkpoint = checkpoint
+        self._rectangles: dict[Row, torch.Tensor] = {}
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def keep(self, live: LiveModel, rows: Iterable[Row]) -> None:
+        """Copy what the rows name out of the live weights, unless it has been copied before."""
+        for row in rows:
+            if row not in self._rectangles:
+                self._rectangles[row] = self._own(live.live_slice(row.param, row.target))
+
+    def keep_whole(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._whole:
+                self._whole[name] = self._own(self._checkpoint.whole(name))
+
+    def rectangle(self, row: Row) -> Base:
+        return PlainBase(self._rectangles[row])
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._whole[name]
+
+    def nbytes(self) -> int:
+        """Bytes that the copies take."""
+        return sum(t.numel() * t.element_size() for t in [*self._rectangles.values(), *self._whole.values()])
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        pinned = self.device.type == "cpu" and tensor.is_cuda
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device, pin_memory=pinned)
+        return copy.copy_(tensor)
+
+
+class CheckpointBases:
+    """The engine's own checkpoint, read from its safetensors files again and again."""
+
+    def __init__(self, model_config: Any, dtype: torch.dtype) -> None:
+        self._model = str(model_config.model)
+        self._revision = model_config.revision
+        self._dtype = dtype
+        self._found: dict[str, Path] | None = None
+
+    def rectangle(self, row: Row) -> Base:
+        return PlainBase(row.source.view(self.whole(row.name)))
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint in the dtype that the engine serves.
+
+        Raises:
+            SyncError: if the checkpoint has no safetensors files here, or not this name.
+        """
+        files = self._files()
+        if name not in files:
+            raise SyncError(f"{name}: not in the engine's checkpoint {self._model}. Use base='device' or MergedSource.")
+        with safe_open(files[name], "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def manifest(self) -> list[ManifestEntry]:
+        """Names, dtypes and shapes of the whole checkpoint, from the headers alone."""
+        found: list[ManifestEntry] = []
+        for path in sorted(set(self._files().values())):
+            with safe_open(path, "pt") as opened:
+                found += [(n, self._dtype, tuple(opened.get_slice(n).get_shape())) for n in opened.keys()]  # noqa: SIM118
+        return found
+
+    def _files(self) -> dict[str, Path]:
+        if self._found is None:
+            with ExitStack() as stack:
+                opened = [(p, stack.enter_context(safe_open(p, "pt"))) for p in _safetensors_of(self._model, self._revision)]
+                self._found = {name: path for path, file in opened for name in file.keys()}  # noqa: SIM118
+        return self._found
+
+
+class PackedBases:
+    """The trainer's packed 4-bit weights: for a QLoRA policy the base itself, bit for bit."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+        self._packed = dict(_packed_bases(tensors, dtypes, device))
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._packed)
+
+    def rectangle(self, row: Row) -> Base:
+        packed = self._packed[row.name]
+        part = Rectangle.of(row, packed.shape[1])
+        return packed.rectangle(rows=part.rows, cols=part.cols)
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._packed[name].dequantize()
+
+    def nbytes(self) -> int:
+        """Bytes that the packed weights and their scales take."""
+        return sum(t.numel() * t.element_size() for base in self._packed.values() for _, t in base.tensors())
+
+
+def _packed_bases(
+    tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> Iterator[tuple[str, PackedBase]]:
+    """Read bitsandbytes' checkpoint layout: ``W``, ``W.absmax``, ``W.quant_map``, ``W.nested_*``, ``W.quant_state.…``."""
+    for name, dtype in dtypes.items():
+        parts = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+        state_key = next((k for k in parts if k.startswith("quant_state.")), None)
+        if name not in tensors or state_key is None:
+            raise MismatchError(
+                "The packed base is not whole; nothing was touched.",
+                [Mismatch(name, f"the parts {sorted(parts)}", "a packed weight and its quant_state", "connect() again.")],
+            )
+        state = _quant_state(parts[state_key])
+        nested = None
+        if "nested_absmax" in parts:
+            offset = float(state["nested_offset"])
+            nested = NestedAbsmax(parts["nested_absmax"].to(device), parts["nested_quant_map"].to(device), offset)
+        rows, cols = state["shape"]
+        yield (
+            name,
+            PackedBase(
+                packed=tensors[name].to(device).reshape(-1),
+                absmax=parts["absmax"].to(device),
+                code=parts["quant_map"].to(device),
+                blocksize=int(state["blocksize"]),
+                shape=(int(rows), int(cols)),
+                dtype=dtype,
+                nested=nested,
+            ),
+        )
+
+
+def _quant_state(packed: torch.Tensor) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(bytes(packed.cpu().tolist()).decode()))
+
+
+def _safetensors_of(model: str, revision: str | None) -> list[Path]:
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns="*.safetensors", local_files_only=True))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SyncError(f"{folder}: no safetensors files, expected the engine's checkpoint. Use base='device' or MergedSource.")
+    return files
+
+
+__all__ = ["Bases", "CheckpointBases", "CopiedBases", "PackedBases", "Rectangle", "dtype_name"]

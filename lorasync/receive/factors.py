@@ -1,0 +1,383 @@
+"""Merging in the worker: W = base + s·B·A, made anew from the pristine base at each push."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError, UnmergeableError
+from lorasync.fingerprint import WeightSample
+from lorasync.fingerprint import from_json as samples_from_json
+from lorasync.kernels import GroupedMerge, MergeJob
+from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
+from lorasync.receive import vllm_parts
+from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle
+from lorasync.receive.live import LiveModel, LiveWriter
+from lorasync.receive.plan import ManifestEntry, Row, record_plan
+from lorasync.receive.staging import Staging
+from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
+from lorasync.wire import Control, dtype_name, manifest_from_text
+
+if TYPE_CHECKING:
+    from lorasync.receive.engine import WorkerEngine
+
+Edit = FactorModule | FactorBias | FactorRows | FactorSaved
+Factors = Mapping[str, torch.Tensor]
+
+
+class FactorApplier:
+    """Stages factors, and merges them into the live weights at commit; atomic, and it can go one version back."""
+
+    def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
+        self._spec = FactorSpec.from_json(wanted["spec"])
+        self._samples = samples_from_json(wanted["samples"])
+        self._kind = str(wanted["base"])
+        self._device = engine.device
+        self._dtype: torch.dtype = engine.model_config.dtype
+        self._edits = _edits_by_weight(self._spec)
+        _refuse_what_needs_another_strategy(self._spec)
+        self._staging = Staging(manifest_from_text(control.manifest), engine.device)
+        ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
+        plan = record_plan(vllm_parts.build_twin(engine.vllm_config), self._base_manifest(), ranks=ranks)
+        self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._checkpoint = CheckpointBases(engine.model_config, self._dtype)
+        self._touched = sorted(self._edits)
+        self._packed_parts: dict[str, torch.Tensor] = {}
+        self._previous: dict[str, torch.Tensor] | None = None
+        self._active: dict[str, torch.Tensor] = {}
+        self._grouped: GroupedMerge | None = None
+        self._check_dora(ranks)
+        self._bases: Bases = self._find_bases(engine)
+
+    # ----------------------------------------------------------------------------------- the four verbs
+
+    def describe(self) -> dict[str, Any]:
+        return {"touched": len(self._touched), "needs_base": self._kind == "nf4"}
+
+    def receive(self, tensors: Factors) -> dict[str, Any]:
+        self._staging.add(tensors)
+        return {"received": len(self._staging.received)}
+
+    def receive_base(self, tensors: Factors) -> dict[str, Any]:
+        """Take a bucket of the trainer's packed base."""
+        self._packed_parts.update({name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()})
+        return {"received": len(self._packed_parts)}
+
+    def commit(self, version: int) -> dict[str, Any]:
+        staged = self._staging.take(version)
+        self._complete_base()
+        previous = {name: tensor.clone() for name, tensor in self._active.items()} or None
+        try:
+            self._apply(staged)
+        except BaseException:
+            if previous is not None:
+                self._apply(previous)
+            raise
+        self._previous = previous
+        return {}
+
+    def rollback(self) -> dict[str, Any]:
+        if self._previous is None:
+            raise SyncError("rollback: there is no version before this one on this connection.")
+        back = self._previous
+        self._apply(back)
+        self._previous = None
+        return {}
+
+    def undo(self) -> bool:
+        self._staging.drop()
+        return False
+
+    def close(self) -> None:
+        self.undo()
+
+    # ------------------------------------------------------------------------------------ the handshake
+
+    def _base_manifest(self) -> list[ManifestEntry]:
+        tied = self._spec.ties.keys()
+        found = {n: (n, self._dtype, s.shape) for n, s in self._samples.items() if n not in tied}
+        for saved in self._spec.saved:
+            found[saved.weight] = (saved.weight, self._dtype, self._staging.expected[saved.tensor][1])
+        unknown = sorted(self._edits.keys() - found.keys())
+        if unknown:
+            raise MismatchError(
+                "Some weights can't be merged in the worker; nothing was touched.",
+                [Mismatch(n, "no base weight of that name", "one", "Use MergedSource.") for n in unknown],
+            )
+        return list(found.values())
+
+    def _find_bases(self, engine: WorkerEngine) -> Bases:
+        if self._kind == "nf4":
+            self._compare({n: s for n, s in self._samples.items() if s.base == "plain"}, self._live_or_checkpoint)
+            return self._checkpoint  # until the packed base has come
+        if self._kind == "checkpoint":
+            self._compare(self._samples, self._from_checkpoint)
+            return self._checkpoint
+        copies = engine.copies_of_base(self._kind, self._checkpoint)
+        self._compare(self._samples, lambda row: copies.rectangle_or_none(row) or self._live_or_checkpoint(row))
+        copies.keep(self._live, self._direct_rows(self._touched))
+        copies.keep_whole(self._names_through_loader())
+        return copies
+
+    def _compare(self, samples: Mapping[str, WeightSample], read: Any) -> None:
+        """Refuse a base that is not the one trained on.
+
+        Raises:
+            MismatchError: naming every weight that differs, with the ways out.
+        """
+        wrong = []
+        for name, sample in samples.items():
+            for row in self._live.plan.rows_of(name):
+                found = _first_difference(sample, row, read(row), self._dtype)
+                if found is not None:
+                    wrong.append(_base_mismatch(name, sample, found))
+                    break
+        if wrong:
+            raise MismatchError(
+                f"The engine's base is not the one that was trained on ({len(wrong)} weights differ); nothing was touched.",
+                wrong,
+            )
+
+    def _live_or_checkpoint(self, row: Row) -> torch.Tensor:
+        if row.param in self._live.direct:
+            return self._live.live_slice(row.param, row.target)
+        return self._from_checkpoint(row)
+
+    def _from_checkpoint(self, row: Row) -> torch.Tensor:
+        return row.source.view(self._checkpoint.whole(row.name))
+
+    def _check_dora(self, ranks: int) -> None:
+        if ranks == 1 or self._kind in ("checkpoint", "nf4"):
+            return
+        cut = [m.weight for m in self._spec.modules if m.how.dora]
+        if cut:
+            raise UnmergeableError(
+                f"{', '.join(cut[:5])}: DoRA needs whole rows, and base={self._kind!r} keeps only this rank's part of them "
+                "under tensor parallelism. Use MergeInWorker(base='checkpoint') or MergedSource."
+            )
+
+    # ------------------------------------------------------------------------------------------ merging
+
+    def _complete_base(self) -> None:
+        """Once, when the trainer's packed weights have come: from now on they are the base of every quantized weight."""
+        if self._kind != "nf4" or isinstance(self._bases, _Mixed):
+            return
+        dtypes = {n: _float(s.dtype) for n, s in self._samples.items() if s.base in ("nf4", "fp4")}
+        packed = PackedBases(self._packed_parts, dtypes, self._device)
+        self._packed_parts = {}
+        self._bases = _Mixed(packed, self._checkpoint)
+        # What was quantized but has no adapter is part of the policy too: the engine still holds it unquantized.
+        self._touched = sorted(self._edits.keys() | packed.names)
+
+    def _apply(self, factors: Factors) -> None:
+        self._activate(factors)
+        self._merge_direct()
+        writer = LiveWriter(self._live)
+        try:
+            for layer in self._layers_through_loader():
+                writer.write({n: self._merged(n) for n in sorted(self._live.names_through_loader(layer))})
+        except BaseException:
+            writer.undo()
+            raise
+        writer.finish()
+        self._live.refresh({row.param for row in self._direct_rows(self._touched)})
+
+    def _activate(self, factors: Factors) -> None:
+        """Into storages that stay where they are, so that grouped launches are planned once."""
+        for name, tensor in factors.items():
+            if name in self._active:
+                self._active[name].copy_(tensor, non_blocking=True)
+            else:
+                self._active[name] = tensor.to(self._device, copy=True)
+
+    def _merge_direct(self) -> None:
+        if self._grouped is None:
+            grouped = [row for row in self._direct_rows(self._touched) if self._is_groupable(row)]
+            self._grouped = GroupedMerge([self._job(row) for row in grouped]) if grouped else GroupedMerge([])
+            self._rest = [row for row in self._direct_rows(self._touched) if row not in set(grouped)]
+        if self._grouped.jobs:
+            self._grouped.run()
+        for name, rows in _by_name(self._rest).items():
+            for row, merged in self._merged_rows(name, rows):
+                self._live.live_slice(row.param, row.target).copy_(merged)
+
+    def _is_groupable(self, row: Row) -> bool:
+        edits = self._edits.get(row.name, [])
+        if self._device.type != "cuda" or self._kind in ("cpu", "checkpoint") or len(edits) != 1:
+            return False
+        edit = edits[0]
+        plain = isinstance(edit, FactorModule) and edit.kind == "linear" and not edit.dora
+        return plain and len(row.source.shape) == 2 and row.source.stride[1] == 1
+
+    def _job(self, row: Row) -> MergeJob:
+        (edit,) = self._edits[row.name]
+        assert isinstance(edit, FactorModule)
+        part = Rectangle.of(row, edit.shape[1])
+        outs, ins = (part.cols, part.rows) if edit.fan_in_fan_out else (part.rows, part.cols)
+        return MergeJob(
+            out=self._live.live_slice(row.param, row.target),
+            base=self._bases.rectangle(row),
+            lora_a=self._active[edit.a][:, ins[0] : ins[1]],
+            lora_b=self._active[edit.b][outs[0] : outs[1]],
+            scaling=edit.scaling,
+            fan_in_fan_out=edit.fan_in_fan_out,
+            name=row.name,
+        )
+
+    def _merged_rows(self, name: str, rows: list[Row]) -> Iterable[tuple[Row, torch.Tensor]]:
+        """Each row's part of the merged weight; from this rank's part of the base wherever that suffices."""
+        edits = self._edits.get(name, [])
+        if len(edits) == 1 and isinstance(edits[0], FactorModule) and not edits[0].dora:
+            how, on_cpu = edits[0].how, self._device.type == "cpu"
+            delta = low_rank_delta(how, self._active[edits[0].a], self._active[edits[0].b])
+            for row in rows:
+                base = self._bases.rectangle(row).dequantize().to(self._device)
+                part = row.source.view(delta)
+                part = part.to(base.dtype) if how.cast_first and on_cpu else part
+                yield row, add_delta(base, part)
+        elif not edits:
+            for row in rows:
+                yield row, self._bases.rectangle(row).dequantize()
+        else:
+            whole = self._whole_from(rows) if self._is_whole(rows) else None
+            merged = self._edited(name, whole if whole is not None else self._bases.whole(name))
+            for row in rows:
+                yield row, row.source.view(merged.contiguous())
+
+    def _is_whole(self, rows: list[Row]) -> bool:
+        return len(rows) == 1 and torch.Size(rows[0].source.shape).numel() == torch.Size(
+            self._samples[rows[0].name].shape
+        ).numel() if rows[0].name in self._samples else False
+
+    def _whole_from(self, rows: list[Row]) -> torch.Tensor:
+        return self._bases.rectangle(rows[0]).dequantize().to(self._device)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        """A whole checkpoint tensor, merged and rounded once, for a layer that is loaded through vLLM's loader."""
+        return self._edited(name, self._bases.whole(name)).to(self._dtype)
+
+    def _edited(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        weight = base.to(self._device)
+        for edit in self._edits.get(name, []):
+            if isinstance(edit, FactorModule):
+                magnitude = self._active[edit.magnitude] if edit.magnitude else None
+                weight = merge_low_rank(edit.how, weight, self._active[edit.a], self._active[edit.b], magnitude)
+            elif isinstance(edit, FactorRows):
+                weight = replace_rows(weight, edit.rows, self._active[edit.tensor])
+            elif isinstance(edit, FactorBias):
+                weight = add_delta(weight, self._active[edit.tensor] * edit.scaling)
+            else:
+                weight = self._active[edit.tensor]
+        return weight
+
+    # ------------------------------------------------------------------------------------------- lists
+
+    def _direct_rows(self, names: Iterable[str]) -> list[Row]:
+        return [row for name in names for row in self._live.plan.rows_of(name) if row.param in self._live.direct]
+
+    def _layers_through_loader(self) -> list[str]:
+        params = {p for name in self._touched for p in self._live.indirect_params_fed_by(name)}
+        return sorted({param.rpartition(".")[0] for param in params})
+
+    def _names_through_loader(self) -> list[str]:
+        return sorted({n for layer in self._layers_through_loader() for n in self._live.names_through_loader(layer)})
+
+
+class _Mixed:
+    """The trainer's packed weights where there are some, the engine's checkpoint for everything else."""
+
+    def __init__(self, packed: PackedBases, checkpoint: CheckpointBases) -> None:
+        self._packed = packed
+        self._checkpoint = checkpoint
+
+    def rectangle(self, row: Row) -> Any:
+        return (self._packed if row.name in self._packed.names else self._checkpoint).rectangle(row)
+
+    def whole(self, name: str) -> torch.Tensor:
+        return (self._packed if name in self._packed.names else self._checkpoint).whole(name)
+
+
+def _edits_by_weight(spec: FactorSpec) -> dict[str, list[Edit]]:
+    edits: dict[str, list[Edit]] = defaultdict(list)
+    for edit in (*spec.saved, *spec.modules, *spec.rows, *spec.biases):
+        edits[edit.weight].append(edit)
+    return dict(edits)
+
+
+def _refuse_what_needs_another_strategy(spec: FactorSpec) -> None:
+    """Raise for adapters that can't be merged from factors in the worker.
+
+    Raises:
+        UnmergeableError: naming the weights, and the strategy that works.
+    """
+    pieces = [m.weight for m in spec.modules if m.pieces]
+    tied = [e.weight for e in (*spec.modules, *spec.rows, *spec.biases, *spec.saved) if e.weight in spec.ties]
+    problems = [f"{n}: its checkpoint stores it in pieces" for n in pieces]
+    problems += [f"{n}: it is tied to {spec.ties[n]}" for n in tied]
+    problems += list(spec.conflicts)
+    if problems:
+        raise UnmergeableError(
+            "MergeInWorker can't take this adapter: " + "; ".join(problems[:8]) + ". Use MergedSource instead."
+        )
+
+
+def _first_difference(
+    sample: WeightSample, row: Row, part: Any, dtype: torch.dtype
+) -> tuple[float, float] | None:
+    """The first of the sampled elements within ``part`` (what ``row`` names) that differs: (engine's, trainer's)."""
+    tensor = part if isinstance(part, torch.Tensor) else part.dequantize()
+    inside, at = [], []
+    for position, value in zip(sample.positions, sample.values, strict=True):
+        index = _index_in(row, position)
+        if index is not None:
+            inside.append(value)
+            at.append(index)
+    if not at:
+        return None
+    got = tensor.reshape(-1)[torch.tensor(at, device=tensor.device)].to(dtype).double().cpu()
+    expected = torch.tensor(inside, dtype=torch.float64).to(dtype).double()
+    wrong = (got != expected).nonzero()
+    return None if not len(wrong) else (float(got[wrong[0, 0]]), float(expected[wrong[0, 0]]))
+
+
+def _index_in(row: Row, position: int) -> int | None:
+    """Where an element of the checkpoint tensor lies within the row's part, flat; None if it is not in it."""
+    rest = position - row.source.offset
+    if rest < 0:
+        return None
+    index = 0
+    for size, stride in sorted(zip(row.source.shape, row.source.stride, strict=True), key=lambda p: -p[1]):
+        step, rest = divmod(rest, stride)
+        if step >= size:
+            return None
+        index = index * size + step
+    return index if rest == 0 else None
+
+
+def _base_mismatch(name: str, sample: WeightSample, found: tuple[float, float]) -> Mismatch:
+    got, expected = found
+    if sample.base in ("nf4", "fp4"):
+        fix = "The policy was trained on 4-bit weights: use MergeInWorker(base='nf4'), or MergedSource."
+    else:
+        fix = "Start the engine from the checkpoint that was trained on; after a merged push, use base='checkpoint'."
+    return Mismatch(name, f"{got:g} in the engine", f"{expected:g} ({sample.base} base in the trainer)", fix)
+
+
+def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.name].append(row)
+    return found
+
+
+def _float(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise PayloadError(f"dtype {name!r}: expected a floating-point one.")
+    return dtype
+
+
+__all__ = ["FactorApplier", "dtype_name"]
