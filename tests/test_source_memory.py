@@ -32,13 +32,19 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         before = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self.live:
-                    self.live[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+            real = isinstance(tensor, torch.Tensor) and tensor.device.type != "meta"
+            if real and tensor.untyped_storage()._cdata not in before:
+                self.count(tensor)
         self.peak = max(self.peak, sum(self.live.values()))
         return out
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage until it dies."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
 
 
 def llama(layers: int) -> Any:
