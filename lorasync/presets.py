@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
+# Elements. DeepSpeed allocates a whole bucket however few gradients there are; its default, 500 M, is 1 GB
+# in bf16.
+REDUCE_BUCKET = 50_000_000
+
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "cpu"]
 
@@ -154,7 +158,13 @@ class TrainPreset:
         return {**settings, "torch_adam": self.optimizer_offload == "none"}
 
     def _zero(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False}
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET,
+            "allgather_bucket_size": REDUCE_BUCKET,
+        }
         if self.stage == 3:
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         if self.optimizer_offload != "none":
