@@ -1,4 +1,4 @@
-"""estimate_memory(): the levers move it the right way; tests/e2e/test_memory.py compares it with a real run."""
+"""estimate_memory(): the levers move it the right way; e2e/test_memory.py has it against a real run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorasync.estimate import estimate_memory
-from lorasync.presets import LORA_ZERO3, QLORA_ZERO2
+from lorasync.presets import QLORA_ZERO2
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 LENGTH = 128
