@@ -30,7 +30,7 @@ sys.path[:1] = [
     str(ROOT / "tests" / "e2e"),
 ]  # in place of this folder, whose names could shadow others
 
-from zero_cells import TOLERANCE, Cell, Outcome, all_cells, make_tiny_model, run_cells  # noqa: E402
+from zero_cells import TOLERANCE, Cell, Outcome, all_cells, make_tiny_model, run_cells
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -52,7 +52,9 @@ def main() -> int:
     cells = wanted(arguments.gpu, arguments.only)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run_cells(cells, make_tiny_model(Path(folder, "tiny")), Path(folder, "work"))
+        outcomes = run_cells(
+            cells, make_tiny_model(Path(folder, "tiny")), Path(folder, "work"), cell_timeout=240
+        )
     for outcome in outcomes.values():
         why = "; ".join(outcome.broken)[:150]
         print(f"{outcome.cell.id:60} guard {outcome.guard:5} run {outcome.run:5} {why}")
@@ -66,7 +68,15 @@ def main() -> int:
 
 def wanted(gpu: bool, only: str) -> list[Cell]:
     cells = [cell for cell in all_cells() if cell.needs_gpu == gpu and only in cell.id]
+    if gpu and not has_async_io():  # every run with NVMe would fail for that reason alone, and prove nothing
+        cells = [cell for cell in cells if not cell.option.startswith("NVMe")]
     return list(dict.fromkeys([cell.reference for cell in cells] + cells))
+
+
+def has_async_io() -> bool:
+    import deepspeed
+
+    return bool(deepspeed.ops.__compatible_ops__.get("async_io", False))
 
 
 def save(outcomes: dict[Cell, Outcome], gpu: bool, seconds: float) -> None:
