@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would shadow the package of that name
 
-from lorasync import MergedSource  # noqa: E402
-from lorasync.merge import NEAREST, Rounding, Stochastic  # noqa: E402
+from lorasync import MergedSource
+from lorasync.merge import NEAREST, Rounding, Stochastic
 
 SIZES = (1e-5, 1e-4, 1e-3, 1e-2)
 SEEDS = (1, 2, 3)

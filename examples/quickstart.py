@@ -53,10 +53,14 @@ def main(model_path: str, steps: int, plot: str) -> None:
     sync = connect(ls.MergedSource(engine), llm)
     sync.send_weights()
 
-    exam = [f"Question: What is {a} + {b}?\nAnswer:" for a, b in ((2, 3), (4, 4), (6, 1), (7, 8), (9, 5), (3, 8))]
+    exam = [
+        f"Question: What is {a} + {b}?\nAnswer:" for a, b in ((2, 3), (4, 4), (6, 1), (7, 8), (9, 5), (3, 8))
+    ]
     before = answers(llm, exam, sync.request())
     rewards, untouched = [], True
-    table = Table("step", "reward", "loss", "sync", "sent", "logprob gap", title="GRPO on an NF4 policy, live vLLM")
+    table = Table(
+        "step", "reward", "loss", "sync", "sent", "logprob gap", title="GRPO on an NF4 policy, live vLLM"
+    )
     with Live(table, console=console, auto_refresh=False) as live:
         for step in range(steps):
             pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(QUESTIONS)]
@@ -113,7 +117,10 @@ def grpo_loss(engine, rollouts, scores) -> torch.Tensor:
 
 def answers(llm, questions, request) -> list[str]:
     greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    return [o.outputs[0].text.strip().partition("\n")[0] for o in llm.generate(questions, greedy, use_tqdm=False, **request)]
+    return [
+        o.outputs[0].text.strip().partition("\n")[0]
+        for o in llm.generate(questions, greedy, use_tqdm=False, **request)
+    ]
 
 
 def draw(rewards: list[float], path: str) -> None:
@@ -121,7 +128,9 @@ def draw(rewards: list[float], path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(range(1, len(rewards) + 1), rewards, marker="o")
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Sums answered rightly, NF4 SmolLM2-135M")
+    axes.set(
+        xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Sums answered rightly, NF4 SmolLM2-135M"
+    )
     figure.savefig(path, dpi=150)
 
 

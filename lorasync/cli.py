@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +11,12 @@ from rich.table import Table
 
 from lorasync.errors import LorasyncError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep a live vLLM in step with a LoRA policy.")
+if TYPE_CHECKING:
+    from pathlib import Path
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Keep a live vLLM in step with a LoRA policy."
+)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -35,7 +39,7 @@ def check_zero(
     """Say whether a model and a DeepSpeed config work together; exit code 1 if they don't."""
     from lorasync.zero import inspect_path
 
-    report = inspect_path(model, ds_config)
+    report = inspect_path(model, str(ds_config))
     table = Table("severity", "code", "key", "value", "reason", "fix")
     for finding in report.findings:
         table.add_row(

@@ -6,8 +6,11 @@ things are wrong at once they are collected and raised together, one `Mismatch` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _SHOWN = 20
 
@@ -43,7 +46,7 @@ class AdapterError(LorasyncError, ValueError):
 
 
 class UnmergeableError(AdapterError):
-    """This kind of adapter can't be merged into a weight; the message names what works instead."""
+    """An adapter of this kind can't be merged into a weight; the message names what works instead."""
 
 
 class NonFiniteError(LorasyncError, ValueError):

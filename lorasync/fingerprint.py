@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SAMPLES = 32
 
@@ -41,6 +44,8 @@ def to_json(samples: Mapping[str, WeightSample]) -> str:
 def from_json(text: str) -> dict[str, WeightSample]:
     """Read what `to_json` wrote."""
     return {
-        name: WeightSample(s["dtype"], tuple(s["shape"]), s["base"], tuple(s["positions"]), tuple(s["values"]))
+        name: WeightSample(
+            s["dtype"], tuple(s["shape"]), s["base"], tuple(s["positions"]), tuple(s["values"])
+        )
         for name, s in json.loads(text).items()
     }

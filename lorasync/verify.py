@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorasync.wire import as_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def token_logprobs(
         model.train(was_training)
 
 
-def _batch_logprobs(model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+def _batch_logprobs(
+    model: torch.nn.Module, pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[torch.Tensor]:
     # Padded on the right: under causal attention no token sees the padding behind it.
     rows = [torch.tensor(prompt + answer) for prompt, answer in pairs]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)
@@ -132,4 +136,6 @@ def _quantization_scales(tensor: torch.Tensor) -> list[torch.Tensor]:
     quant_state = getattr(tensor, "quant_state", None)
     if quant_state is not None:
         return [t for t in quant_state.as_dict(packed=True).values() if isinstance(t, torch.Tensor)]
-    return [t for t in (getattr(tensor, "CB", None), getattr(tensor, "SCB", None)) if isinstance(t, torch.Tensor)]
+    return [
+        t for t in (getattr(tensor, "CB", None), getattr(tensor, "SCB", None)) if isinstance(t, torch.Tensor)
+    ]

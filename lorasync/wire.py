@@ -127,8 +127,8 @@ def write_safetensors(tensors: Tensors, path: Path) -> None:
         file.write(header)
     if data_bytes == 0:
         return
-    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=len(header) + data_bytes)
-    everything = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=len(header) + data_bytes)
+    everything = torch.empty(0, dtype=torch.uint8).set_(storage)
     at = len(header)
     for tensor in tensors.values():
         size = tensor.numel() * tensor.element_size()
@@ -141,7 +141,9 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise PayloadError(f"{path.name}: not a readable safetensors file ({error}); nothing was applied.") from error
+        raise PayloadError(
+            f"{path.name}: not a readable safetensors file ({error}); nothing was applied."
+        ) from error
 
 
 def pack(tensors: Tensors) -> bytes:
@@ -158,7 +160,9 @@ def unpack(payload: bytes) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(payload)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise PayloadError(f"inline payload: not safetensors bytes ({error}); nothing was applied.") from error
+        raise PayloadError(
+            f"inline payload: not safetensors bytes ({error}); nothing was applied."
+        ) from error
 
 
 def digest(tensors: Tensors) -> str:
@@ -223,13 +227,17 @@ class Mailbox:
         path = Path(folder)
         if not folder or not path.exists():
             return None
-        if path.resolve().parent != shared_memory_root().resolve() or not path.name.startswith(_FOLDER_PREFIX):
+        if path.resolve().parent != shared_memory_root().resolve() or not path.name.startswith(
+            _FOLDER_PREFIX
+        ):
             raise PayloadError(
                 f"mailbox: got {folder}, expected {shared_memory_root()}/{_FOLDER_PREFIX}…. Nothing was touched."
             )
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-            raise PayloadError(f"mailbox {folder}: must belong to this user with mode 0700. Nothing was touched.")
+            raise PayloadError(
+                f"mailbox {folder}: must belong to this user with mode 0700. Nothing was touched."
+            )
         return cls(path)
 
     def new_file(self) -> Path:
@@ -297,6 +305,9 @@ def manifest_from_text(text: str) -> list[tuple[str, torch.dtype, tuple[int, ...
         PayloadError: if the text is no manifest.
     """
     try:
-        return [(str(name), dtype_of(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in json.loads(text)]
+        return [
+            (str(name), dtype_of(dtype), tuple(int(n) for n in shape))
+            for name, dtype, shape in json.loads(text)
+        ]
     except (ValueError, TypeError) as error:
         raise PayloadError(f"manifest: malformed ({error}). Nothing was touched.") from error

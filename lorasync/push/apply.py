@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lorasync.errors import MismatchError
 from lorasync.errors import Mismatch as _Mismatch
+from lorasync.errors import MismatchError
 
 BaseKind = Literal["device", "cpu", "checkpoint", "nf4"]
 
@@ -67,7 +67,14 @@ class ServeAdapter:
         if not self.name or "@" in self.name:
             raise MismatchError(
                 "ServeAdapter needs a usable name.",
-                [_Mismatch("name", repr(self.name), "a name without '@' (versions are told apart by it)", "Choose one.")],
+                [
+                    _Mismatch(
+                        "name",
+                        repr(self.name),
+                        "a name without '@' (versions are told apart by it)",
+                        "Choose one.",
+                    )
+                ],
             )
 
 

@@ -8,9 +8,8 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -32,6 +31,9 @@ from lorasync.wire import (
     pack,
     write_safetensors,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 Replies = dict[int, dict[str, Any]]
 
@@ -122,7 +124,9 @@ class Sync:
             SyncError: if the engine refused, died or did not answer.
         """
         if not self._busy.acquire(blocking=False):
-            raise PushInProgressError("A push on this connection is under way; it is unaffected. Wait for it.")
+            raise PushInProgressError(
+                "A push on this connection is under way; it is unaffected. Wait for it."
+            )
         try:
             with _agreed_by_all_ranks():
                 return self._push() if self._is_sender else self._accompany()
@@ -236,8 +240,8 @@ class Sync:
     def _accompany(self) -> SyncReport:
         """A rank that is not the sender takes part in the source's collectives and drops what they yield."""
         began, totals = time.perf_counter(), _Totals()
-        for name, tensor in _timed(self.source, totals):
-            totals.count(name, tensor)
+        for _, tensor in _timed(self.source, totals):
+            totals.count(tensor)
         self.version += 1
         return totals.report(self.version, 0, time.perf_counter() - began)
 
@@ -255,7 +259,9 @@ class Sync:
         self.version = max((int(r["version"]) for r in replies.values()), default=0)
         self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
 
-    def _control(self, op: Literal["hello", "commit", "rollback", "status", "goodbye"], **fields: Any) -> Replies:
+    def _control(
+        self, op: Literal["hello", "commit", "rollback", "status", "goodbye"], **fields: Any
+    ) -> Replies:
         assert self._mailbox is not None
         call = self._next_call()
         control = Control(
@@ -301,20 +307,27 @@ class _Totals:
         self.source = self.sending = self.apply = 0.0
         self.digests: list[str] = []
 
-    def count(self, name: str, tensor: torch.Tensor) -> None:
+    def count(self, tensor: torch.Tensor) -> None:
         self.tensors += 1
         self.bytes += tensor.numel() * tensor.element_size()
 
-    def add(self, bucket: Mapping[str, torch.Tensor], bucket_digest: str, applying: float, sending: float) -> None:
-        for name, tensor in bucket.items():
-            self.count(name, tensor)
+    def add(
+        self, bucket: Mapping[str, torch.Tensor], bucket_digest: str, applying: float, sending: float
+    ) -> None:
+        for tensor in bucket.values():
+            self.count(tensor)
         if bucket_digest:
             self.digests.append(bucket_digest)
         self.apply += applying
         self.sending += sending
 
     def report(self, version: int, ranks: int, total: float) -> SyncReport:
-        seconds = {"source": self.source, "wire": max(self.sending - self.apply, 0.0), "apply": self.apply, "total": total}
+        seconds = {
+            "source": self.source,
+            "wire": max(self.sending - self.apply, 0.0),
+            "apply": self.apply,
+            "total": total,
+        }
         return SyncReport(
             version=version,
             strategy="merged",
@@ -390,4 +403,6 @@ def _agreed_by_all_ranks() -> Iterator[None]:
     if failure is not None:
         raise failure
     if failed.item():
-        raise SyncError(f"The push failed on another trainer rank than this one (rank {dist.get_rank()}): see its error.")
+        raise SyncError(
+            f"The push failed on another trainer rank than this one (rank {dist.get_rank()}): see its error."
+        )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lorasync.errors import EngineNotReadyError, SyncError, SyncTimeoutError
 from lorasync.plugin import BACKEND
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
 ARGUMENT = f'LLM(..., weight_transfer_config={{"backend": "{BACKEND}"}})'
@@ -70,7 +72,9 @@ class LLMTarget:
         self._core_is_here = hasattr(core, "engine_core")
         executor = core.engine_core.model_executor if self._core_is_here else None
         self.in_process = hasattr(executor, "driver_worker")
-        self._finish_takes_version = "weight_version" in inspect.signature(llm.finish_weight_update).parameters
+        self._finish_takes_version = (
+            "weight_version" in inspect.signature(llm.finish_weight_update).parameters
+        )
 
     def init(self, info: dict[str, Any]) -> None:
         self._call(lambda: self._llm.init_weight_transfer_engine({"init_info": info}), "the handshake")
@@ -116,7 +120,7 @@ class CallsTarget:
     def update(self, info: dict[str, Any]) -> None:
         call_with_limit(lambda: self._calls.update_weights(info), self._timeout, "update_weights")
 
-    def finish(self, version: str) -> None:
+    def finish(self, version: str) -> None:  # noqa: ARG002
         call_with_limit(self._calls.finish_weight_update, self._timeout, "finish_weight_update")
 
     def reset_prefix_cache(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +14,8 @@ from lorasync.receive.plan import LoadPlan, check_complete, record_plan
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasync.receive.engine import WorkerEngine
 
 
@@ -45,7 +46,9 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
     wanted = json.loads(control.apply)
     if wanted.get("kind") == "load":
         return LoadApplier(control, engine)
-    raise SyncError(f"apply: got {wanted.get('kind')!r}, expected 'load'. Trainer and engine differ in version.")
+    raise SyncError(
+        f"apply: got {wanted.get('kind')!r}, expected 'load'. Trainer and engine differ in version."
+    )
 
 
 class LoadApplier:
@@ -63,7 +66,11 @@ class LoadApplier:
         self._received: set[str] = set()
 
     def describe(self) -> dict[str, Any]:
-        return {"tensors": len(self._expected), "direct": len(self._live.direct), "params": len(self._live.plan.layouts)}
+        return {
+            "tensors": len(self._expected),
+            "direct": len(self._live.direct),
+            "params": len(self._live.plan.layouts),
+        }
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._check(tensors)
@@ -85,7 +92,9 @@ class LoadApplier:
         return {}
 
     def rollback(self) -> dict[str, Any]:
-        raise SyncError("rollback: merged weights replace the old ones in place. Push the older policy instead.")
+        raise SyncError(
+            "rollback: merged weights replace the old ones in place. Push the older policy instead."
+        )
 
     def undo(self) -> bool:
         touched = self._pass is not None and self._pass.touched
@@ -107,9 +116,13 @@ class LoadApplier:
             elif expected is None:
                 wrong.append(Mismatch(name, got, "only names of the handshake", "connect() again."))
             elif expected != (tensor.dtype, tuple(tensor.shape)):
-                wrong.append(Mismatch(name, got, f"{dtype_name(expected[0])} {expected[1]}", "connect() again."))
+                wrong.append(
+                    Mismatch(name, got, f"{dtype_name(expected[0])} {expected[1]}", "connect() again.")
+                )
         if wrong:
-            raise MismatchError("A bucket is not what the handshake announced; none of it was applied.", wrong)
+            raise MismatchError(
+                "A bucket is not what the handshake announced; none of it was applied.", wrong
+            )
 
 
 def _refuse_narrowing(plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
@@ -118,7 +131,11 @@ def _refuse_narrowing(plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tup
     wrong = []
     for name, dtype, _ in manifest:
         serving = plan.layouts[params[name]][1] if name in params else dtype
-        if torch.promote_types(dtype, serving) != serving and dtype.is_floating_point and serving.is_floating_point:
+        if (
+            torch.promote_types(dtype, serving) != serving
+            and dtype.is_floating_point
+            and serving.is_floating_point
+        ):
             fix = f"Send what it serves: MergedSource(model, dtype=torch.{dtype_name(serving)})."
             wrong.append(Mismatch(name, dtype_name(dtype), dtype_name(serving), fix))
     if wrong:

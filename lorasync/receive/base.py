@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 
 from lorasync.errors import Mismatch, MismatchError, SyncError
 from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
-from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import ManifestEntry, Row
 from lorasync.wire import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from lorasync.receive.live import LiveModel
+    from lorasync.receive.plan import ManifestEntry, Row
 
 
 class Bases(Protocol):
@@ -101,7 +104,9 @@ class CheckpointBases:
         """
         files = self._files()
         if name not in files:
-            raise SyncError(f"{name}: not in the engine's checkpoint {self._model}. Use base='device' or MergedSource.")
+            raise SyncError(
+                f"{name}: not in the engine's checkpoint {self._model}. Use base='device' or MergedSource."
+            )
         with safe_open(files[name], "pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
@@ -117,7 +122,10 @@ class CheckpointBases:
     def _files(self) -> dict[str, Path]:
         if self._found is None:
             with ExitStack() as stack:
-                opened = [(p, stack.enter_context(safe_open(p, "pt"))) for p in _safetensors_of(self._model, self._revision)]
+                opened = [
+                    (p, stack.enter_context(safe_open(p, "pt")))
+                    for p in _safetensors_of(self._model, self._revision)
+                ]
                 self._found = {name: path for path, file in opened for name in file.keys()}  # noqa: SIM118
         return self._found
 
@@ -125,7 +133,9 @@ class CheckpointBases:
 class PackedBases:
     """The trainer's packed 4-bit weights: for a QLoRA policy the base itself, bit for bit."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device
+    ) -> None:
         self._packed = dict(_packed_bases(tensors, dtypes, device))
 
     @property
@@ -155,13 +165,22 @@ def _packed_bases(
         if name not in tensors or state_key is None:
             raise MismatchError(
                 "The packed base is not whole; nothing was touched.",
-                [Mismatch(name, f"the parts {sorted(parts)}", "a packed weight and its quant_state", "connect() again.")],
+                [
+                    Mismatch(
+                        name,
+                        f"the parts {sorted(parts)}",
+                        "a packed weight and its quant_state",
+                        "connect() again.",
+                    )
+                ],
             )
         state = _quant_state(parts[state_key])
         nested = None
         if "nested_absmax" in parts:
             offset = float(state["nested_offset"])
-            nested = NestedAbsmax(parts["nested_absmax"].to(device), parts["nested_quant_map"].to(device), offset)
+            nested = NestedAbsmax(
+                parts["nested_absmax"].to(device), parts["nested_quant_map"].to(device), offset
+            )
         rows, cols = state["shape"]
         yield (
             name,
@@ -188,10 +207,14 @@ def _safetensors_of(model: str, revision: str | None) -> list[Path]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns="*.safetensors", local_files_only=True))
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns="*.safetensors", local_files_only=True)
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise SyncError(f"{folder}: no safetensors files, expected the engine's checkpoint. Use base='device' or MergedSource.")
+        raise SyncError(
+            f"{folder}: no safetensors files, expected the engine's checkpoint. Use base='device' or MergedSource."
+        )
     return files
 
 

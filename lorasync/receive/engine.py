@@ -7,10 +7,8 @@ vLLM calls it through its weight-transfer seam (`init_transfer_engine`, `start_w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync import __version__
@@ -26,6 +24,11 @@ from lorasync.wire import (
     unpack,
 )
 from lorasync.wire import digest as digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
 
 
 class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -68,7 +71,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._answering(update_info.call, lambda: self._bucket(update_info))
 
     def finish_weight_update(self) -> None:
-        """vLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
+        """VLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
 
     def shutdown(self) -> None:
         """Forget the trainer; the served weights stay as they are."""
@@ -142,12 +145,16 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             return dict(update.tensors)
         if update.path:
             if self._mailbox is None:
-                raise PayloadError("The payload lies in shared memory that this worker can't reach: other host or user.")
+                raise PayloadError(
+                    "The payload lies in shared memory that this worker can't reach: other host or user."
+                )
             tensors = read_safetensors(self._mailbox.payload(update.path))
         else:
             tensors = unpack(update.payload)
         if update.digest and digest_of(tensors) != update.digest:
-            raise PayloadError(f"bucket: the digest differs from {update.digest}: bytes were altered. Not applied.")
+            raise PayloadError(
+                f"bucket: the digest differs from {update.digest}: bytes were altered. Not applied."
+            )
         return tensors
 
     def _check_protocol(self, control: Control) -> None:

@@ -14,7 +14,7 @@ from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.kernels import GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
 from lorasync.receive import vllm_parts
-from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle
+from lorasync.receive.base import Bases, CheckpointBases, PackedBases, Rectangle
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
 from lorasync.receive.staging import Staging
@@ -63,7 +63,9 @@ class FactorApplier:
 
     def receive_base(self, tensors: Factors) -> dict[str, Any]:
         """Take a bucket of the trainer's packed base."""
-        self._packed_parts.update({name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()})
+        self._packed_parts.update(
+            {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
+        )
         return {"received": len(self._packed_parts)}
 
     def commit(self, version: int) -> dict[str, Any]:
@@ -111,13 +113,17 @@ class FactorApplier:
 
     def _find_bases(self, engine: WorkerEngine) -> Bases:
         if self._kind == "nf4":
-            self._compare({n: s for n, s in self._samples.items() if s.base == "plain"}, self._live_or_checkpoint)
+            self._compare(
+                {n: s for n, s in self._samples.items() if s.base == "plain"}, self._live_or_checkpoint
+            )
             return self._checkpoint  # until the packed base has come
         if self._kind == "checkpoint":
             self._compare(self._samples, self._from_checkpoint)
             return self._checkpoint
         copies = engine.copies_of_base(self._kind, self._checkpoint)
-        self._compare(self._samples, lambda row: copies.rectangle_or_none(row) or self._live_or_checkpoint(row))
+        self._compare(
+            self._samples, lambda row: copies.rectangle_or_none(row) or self._live_or_checkpoint(row)
+        )
         copies.keep(self._live, self._direct_rows(self._touched))
         copies.keep_whole(self._names_through_loader())
         return copies
@@ -248,9 +254,13 @@ class FactorApplier:
                 yield row, row.source.view(merged.contiguous())
 
     def _is_whole(self, rows: list[Row]) -> bool:
-        return len(rows) == 1 and torch.Size(rows[0].source.shape).numel() == torch.Size(
-            self._samples[rows[0].name].shape
-        ).numel() if rows[0].name in self._samples else False
+        return (
+            len(rows) == 1
+            and torch.Size(rows[0].source.shape).numel()
+            == torch.Size(self._samples[rows[0].name].shape).numel()
+            if rows[0].name in self._samples
+            else False
+        )
 
     def _whole_from(self, rows: list[Row]) -> torch.Tensor:
         return self._bases.rectangle(rows[0]).dequantize().to(self._device)
@@ -264,7 +274,9 @@ class FactorApplier:
         for edit in self._edits.get(name, []):
             if isinstance(edit, FactorModule):
                 magnitude = self._active[edit.magnitude] if edit.magnitude else None
-                weight = merge_low_rank(edit.how, weight, self._active[edit.a], self._active[edit.b], magnitude)
+                weight = merge_low_rank(
+                    edit.how, weight, self._active[edit.a], self._active[edit.b], magnitude
+                )
             elif isinstance(edit, FactorRows):
                 weight = replace_rows(weight, edit.rows, self._active[edit.tensor])
             elif isinstance(edit, FactorBias):
@@ -276,14 +288,18 @@ class FactorApplier:
     # ------------------------------------------------------------------------------------------- lists
 
     def _direct_rows(self, names: Iterable[str]) -> list[Row]:
-        return [row for name in names for row in self._live.plan.rows_of(name) if row.param in self._live.direct]
+        return [
+            row for name in names for row in self._live.plan.rows_of(name) if row.param in self._live.direct
+        ]
 
     def _layers_through_loader(self) -> list[str]:
         params = {p for name in self._touched for p in self._live.indirect_params_fed_by(name)}
         return sorted({param.rpartition(".")[0] for param in params})
 
     def _names_through_loader(self) -> list[str]:
-        return sorted({n for layer in self._layers_through_loader() for n in self._live.names_through_loader(layer)})
+        return sorted(
+            {n for layer in self._layers_through_loader() for n in self._live.names_through_loader(layer)}
+        )
 
 
 class _Mixed:
@@ -302,7 +318,8 @@ class _Mixed:
 
 def _edits_by_weight(spec: FactorSpec) -> dict[str, list[Edit]]:
     edits: dict[str, list[Edit]] = defaultdict(list)
-    for edit in (*spec.saved, *spec.modules, *spec.rows, *spec.biases):
+    every: tuple[Edit, ...] = (*spec.saved, *spec.modules, *spec.rows, *spec.biases)
+    for edit in every:
         edits[edit.weight].append(edit)
     return dict(edits)
 
@@ -314,13 +331,15 @@ def _refuse_what_needs_another_strategy(spec: FactorSpec) -> None:
         UnmergeableError: naming the weights, and the strategy that works.
     """
     pieces = [m.weight for m in spec.modules if m.pieces]
-    tied = [e.weight for e in (*spec.modules, *spec.rows, *spec.biases, *spec.saved) if e.weight in spec.ties]
+    tied = [weight for weight in _edits_by_weight(spec) if weight in spec.ties]
     problems = [f"{n}: its checkpoint stores it in pieces" for n in pieces]
     problems += [f"{n}: it is tied to {spec.ties[n]}" for n in tied]
     problems += list(spec.conflicts)
     if problems:
         raise UnmergeableError(
-            "MergeInWorker can't take this adapter: " + "; ".join(problems[:8]) + ". Use MergedSource instead."
+            "MergeInWorker can't take this adapter: "
+            + "; ".join(problems[:8])
+            + ". Use MergedSource instead."
         )
 
 

@@ -9,13 +9,16 @@ weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lorasync.receive import vllm_parts
-from lorasync.receive.plan import LoadPlan, Slice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from lorasync.receive.plan import LoadPlan, Slice
 
 
 class LiveModel:

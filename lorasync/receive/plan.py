@@ -104,7 +104,11 @@ def check_complete(plan: LoadPlan) -> None:
         total = _numel(plan.layouts[param][0].shape)
         got_text = f"{got} of its {total} elements" if got else "nothing for it"
         from_ = f" (from {', '.join(sorted(plan.feeds[param]))})" if plan.feeds.get(param) else ""
-        gaps.append(Mismatch(param, got_text + from_, "every element", "Send every tensor that goes into it, or none."))
+        gaps.append(
+            Mismatch(
+                param, got_text + from_, "every element", "Send every tensor that goes into it, or none."
+            )
+        )
     if gaps:
         raise MismatchError("The push leaves part of the engine's model unset; nothing was touched.", gaps)
 
@@ -112,11 +116,11 @@ def check_complete(plan: LoadPlan) -> None:
 # ------------------------------------------------------------------------------------------- recording
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes `copy_` from known meta tensors into known parameters, and follows values that are computed."""
 
     def __init__(self, sources: dict[int, str], params: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sources = sources
         self.params = params
         self.derived: dict[int, frozenset[str]] = {}
@@ -129,7 +133,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and _key(args[0]) in self.params:
             return self._copy(args[0], args[1])
-        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default) and _key(args[0]) in self.params:
+        if (
+            func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+            and _key(args[0]) in self.params
+        ):
             self.covered[self.params[_key(args[0])]] += args[0].numel()
             return args[0]
         result = func(*args, **(kwargs or {}))
@@ -179,7 +186,11 @@ def _record(twin: torch.nn.Module, manifest: Sequence[ManifestEntry], ranks: int
         layouts={n: (Slice.of(p), p.dtype) for n, p in params.items()},
         feeds={n: frozenset(recorder.feeds[n]) for n in params},
         computed=frozenset(recorder.computed),
-        uncovered={n: c for n, c in covered.items() if c < params[n].numel() and n.rsplit(".", 1)[-1] not in _OPTIONAL},
+        uncovered={
+            n: c
+            for n, c in covered.items()
+            if c < params[n].numel() and n.rsplit(".", 1)[-1] not in _OPTIONAL
+        },
     )
 
 
@@ -203,10 +214,14 @@ def _check_all_used(recorder: _Recorder, tensors: dict[str, torch.Tensor], ranks
         if name in computed:
             continue
         if name not in used:
-            wrong.append(Mismatch(name, "a tensor that this engine ignores", "only what it loads", "Leave it out."))
+            wrong.append(
+                Mismatch(name, "a tensor that this engine ignores", "only what it loads", "Leave it out.")
+            )
         elif used[name] * ranks < tensor.numel():
             got = f"shape {tuple(tensor.shape)}, of which the engine takes {used[name]} elements"
-            wrong.append(Mismatch(name, got, "a tensor that it takes whole", "Is this the model that was trained?"))
+            wrong.append(
+                Mismatch(name, got, "a tensor that it takes whole", "Is this the model that was trained?")
+            )
     if wrong:
         raise MismatchError("Some tensors would be dropped or cut by the engine; nothing was touched.", wrong)
 
@@ -217,7 +232,7 @@ def _diagnosis(
     """Try the names one by one, so that all that are wrong are named and not only the first."""
     if isinstance(error, MismatchError):
         return error
-    wrong = []
+    wrong: list[Mismatch] = []
     for entry in manifest:
         try:
             _record(twin, [entry], ranks)
@@ -226,7 +241,11 @@ def _diagnosis(
         except Exception as cause:
             wrong.append(_mismatch(entry, cause))
     if not wrong:
-        wrong = [Mismatch("load_weights", f"{type(error).__name__}: {error}", "a loadable set of tensors", "See cause.")]
+        wrong = [
+            Mismatch(
+                "load_weights", f"{type(error).__name__}: {error}", "a loadable set of tensors", "See cause."
+            )
+        ]
     summary = (
         f"{len(wrong)} of {len(manifest)} tensors don't fit the model that the engine serves "
         f"({type(twin).__name__}); nothing was touched."
@@ -241,7 +260,9 @@ def _mismatch(entry: ManifestEntry, cause: Exception) -> Mismatch:
     text = str(cause).partition(" The available parameters")[0].strip()
     text = text or f"{type(cause).__name__} in the engine's loader (a shape that does not fit)"
     if name.startswith("base_model."):
-        return Mismatch(name, got, f"a checkpoint name ({text})", "Map it with lorasync.checkpoint_name first.")
+        return Mismatch(
+            name, got, f"a checkpoint name ({text})", "Map it with lorasync.checkpoint_name first."
+        )
     return Mismatch(name, got, text, "Is this engine serving the model that was trained?")
 
 
@@ -251,7 +272,10 @@ def _refuse_duplicates(manifest: Sequence[ManifestEntry]) -> None:
     if twice:
         raise MismatchError(
             "Some names are sent twice; nothing was touched.",
-            [Mismatch(n, "more than one tensor", "one", "A source must yield each name once.") for n in twice],
+            [
+                Mismatch(n, "more than one tensor", "one", "A source must yield each name once.")
+                for n in twice
+            ],
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError
-from lorasync.receive.plan import ManifestEntry
 from lorasync.wire import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from lorasync.receive.plan import ManifestEntry
 
 
 class Staging:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def build_twin(vllm_config: Any) -> torch.nn.Module:
@@ -24,8 +26,13 @@ def build_twin(vllm_config: Any) -> torch.nn.Module:
     for registry in ("static_all_moe_layers",):  # absent in old versions
         if hasattr(config.compilation_config, registry):
             setattr(config.compilation_config, registry, [])
-    with set_current_vllm_config(config), _default_dtype(vllm_config.model_config.dtype), torch.device("meta"):
-        return initialize_model(vllm_config=config)
+    with (
+        set_current_vllm_config(config),
+        _default_dtype(vllm_config.model_config.dtype),
+        torch.device("meta"),
+    ):
+        twin: torch.nn.Module = initialize_model(vllm_config=config)
+    return twin
 
 
 def is_plain_layer(layer: torch.nn.Module) -> bool:
@@ -39,8 +46,9 @@ def is_plain_layer(layer: torch.nn.Module) -> bool:
 
 def repack_for_cpu(layer: torch.nn.Module) -> None:
     """Let a CPU layer that keeps a packed copy beside its weight pack it anew (a tied ``lm_head``, for one)."""
-    if hasattr(layer, "cpu_linear") and layer.weight.numel():
-        layer.quant_method.process_weights_after_loading(layer)
+    held: Any = layer
+    if hasattr(held, "cpu_linear") and held.weight.numel():
+        held.quant_method.process_weights_after_loading(held)
 
 
 def reload_begin(layer: torch.nn.Module) -> None:

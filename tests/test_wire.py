@@ -1,0 +1,118 @@
+"""Payloads, manifests, replies and the shared folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorasync import wire
+from lorasync.errors import Mismatch, MismatchError, NonFiniteError, PayloadError, SyncError
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "a": torch.tensor([1.5, -2.0]),
+    "strided": torch.arange(12.0).reshape(3, 4).T,
+    "empty": torch.zeros(0, 3),
+    "packed": torch.arange(5, dtype=torch.uint8),
+}
+
+
+def test_a_file_and_inline_bytes_give_back_the_same_bits(tmp_path):
+    wire.write_safetensors(TENSORS, tmp_path / "x.safetensors")
+    for got in (wire.read_safetensors(tmp_path / "x.safetensors"), wire.unpack(wire.pack(TENSORS))):
+        assert got.keys() == TENSORS.keys()
+        assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in TENSORS.items())
+        assert wire.digest(got) == wire.digest(TENSORS)
+
+
+def test_tensors_outlive_their_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    wire.write_safetensors(TENSORS, path)
+    got = wire.read_safetensors(path)
+    path.unlink()
+    assert torch.equal(got["a"], TENSORS["a"])
+
+
+@pytest.mark.parametrize("change", ["name", "dtype", "shape", "bit"])
+def test_the_digest_sees_every_change(change):
+    changed = {
+        "name": {"c": torch.ones(4)},
+        "dtype": {"a": torch.ones(4).view(torch.int32)},
+        "shape": {"a": torch.ones(2, 2)},
+        "bit": {"a": torch.tensor([1.0, 1.0, 1.0, 1.0000001])},
+    }[change]
+    assert wire.digest(changed) != wire.digest({"a": torch.ones(4)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(min_value=0), st.integers(min_value=0, max_value=255), st.booleans())
+def test_mutated_payloads_are_refused_or_differ_in_digest_and_never_crash(place, byte, cut):
+    good = wire.pack(TENSORS)
+    index = place % len(good)
+    bad = good[:index] if cut else good[:index] + bytes([good[index] ^ byte]) + good[index + 1 :]
+    if bad == good:
+        return
+    try:
+        got = wire.unpack(bad)
+    except PayloadError:
+        return
+    assert wire.digest(got) != wire.digest(TENSORS) or got.keys() == TENSORS.keys()
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    wire.write_safetensors(TENSORS, path)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(PayloadError, match=r"x\.safetensors"):
+        wire.read_safetensors(path)
+
+
+def test_the_folder_is_private_and_leads_nowhere_else(tmp_path):
+    box = wire.Mailbox.create()
+    try:
+        assert box.folder.stat().st_mode & 0o777 == 0o700
+        assert wire.Mailbox.open(str(box.folder)) is not None
+        with pytest.raises(PayloadError, match="file name"):
+            box.payload("../secret")
+        with pytest.raises(PayloadError, match="mailbox"):
+            wire.Mailbox.open(str(tmp_path))
+        box.folder.chmod(0o755)
+        with pytest.raises(PayloadError, match="0700"):
+            wire.Mailbox.open(str(box.folder))
+    finally:
+        box.remove()
+    assert wire.Mailbox.open(str(box.folder)) is None
+
+
+def test_replies_are_read_once_by_rank():
+    box = wire.Mailbox.create()
+    try:
+        box.reply(3, 1, {"ok": True})
+        box.reply(3, 0, {"ok": False})
+        box.reply(4, 0, {"ok": True})
+        assert box.collect(3) == {0: {"ok": False}, 1: {"ok": True}}
+        assert box.collect(3) == {}
+    finally:
+        box.remove()
+
+
+def test_a_worker_s_error_arrives_as_the_same_error():
+    mismatch = MismatchError("two differ", [Mismatch("w", "1", "2", "Fix it.")])
+    again = wire.error_from_dict(wire.error_as_dict(mismatch))
+    assert isinstance(again, MismatchError)
+    assert again.mismatches == mismatch.mismatches
+    assert str(again) == str(mismatch)
+    assert isinstance(wire.error_from_dict(wire.error_as_dict(NonFiniteError("x"))), NonFiniteError)
+    foreign = wire.error_from_dict(wire.error_as_dict(ZeroDivisionError("y")))
+    assert type(foreign) is SyncError
+    assert "ZeroDivisionError" in str(foreign)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[[1]]", '[["w", "complex64", [1]]]', '[["w", "float32", ["x"]]]'])
+def test_a_malformed_manifest_is_refused(text):
+    with pytest.raises(PayloadError):
+        wire.manifest_from_text(text)
