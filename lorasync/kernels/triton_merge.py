@@ -14,7 +14,7 @@ Three things keep the result at the fp64 one rounded once.
 3. Where W and s·B·A, or the terms of B·A, cancel almost wholly, the tile's row is computed again in fp64.
 """
 
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations

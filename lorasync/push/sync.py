@@ -111,6 +111,7 @@ class Sync:
                 self._mailbox = Mailbox.create()
                 weakref.finalize(self, self._mailbox.remove)
                 self._shake_hands(manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
+        self.version = _largest_of_all_ranks(self.version)  # only the sender has asked the engine
 
     def send_weights(self) -> SyncReport:
         """Push the policy as it is now; when it returns, the engine serves exactly that.
@@ -129,7 +130,9 @@ class Sync:
             )
         try:
             with _agreed_by_all_ranks():
-                return self._push() if self._is_sender else self._accompany()
+                report = self._push() if self._is_sender else self._accompany()
+            self.version = report.version  # not before all ranks have agreed that it went well
+            return report
         finally:
             self._busy.release()
 
@@ -242,8 +245,7 @@ class Sync:
         began, totals = time.perf_counter(), _Totals()
         for _, tensor in _timed(self.source, totals):
             totals.count(tensor)
-        self.version += 1
-        return totals.report(self.version, 0, time.perf_counter() - began)
+        return totals.report(self.version + 1, 0, time.perf_counter() - began)
 
     # ---------------------------------------------------------------------------------- the calls
 
@@ -388,8 +390,7 @@ def _agreed_by_all_ranks() -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    if alone:
+    if _alone():
         yield
         return
     failure: BaseException | None = None
@@ -397,12 +398,26 @@ def _agreed_by_all_ranks() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    failed = torch.tensor([int(failure is not None)], device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    failed = _largest_of_all_ranks(int(failure is not None))
     if failure is not None:
         raise failure
-    if failed.item():
+    if failed:
         raise SyncError(
             f"The push failed on another trainer rank than this one (rank {dist.get_rank()}): see its error."
         )
+
+
+def _alone() -> bool:
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def _largest_of_all_ranks(number: int) -> int:
+    import torch.distributed as dist
+
+    if _alone():
+        return number
+    shared = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())
