@@ -156,9 +156,8 @@ def page() -> str:
     ]
     for found in files:
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        lines += [
-            f"- `{found['command']}`, {found['date']}, {found['hardware']}, {found['seconds']} s: {versions}"
-        ]
+        run = f"`{found['command']}`, {found['date']}, {found['hardware']}, {found['seconds']} s"
+        lines.append(f"- {run}: {versions}. {found.get('note', '')}".rstrip())
     for quant, title in TITLES.items():
         lines += ["", f"## {title}", "", HEADER, SEPARATOR]
         lines += [line(c, rows.get(c.id)) for c in cells if c.quant == quant]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lorasync.errors import LorasyncError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Keep a live vLLM in step with a LoRA policy."
@@ -36,16 +34,16 @@ def check_zero(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.")],
     ds_config: Annotated[Path, typer.Argument(help="The DeepSpeed config, a JSON file.")],
 ) -> None:
-    """Say whether a model and a DeepSpeed config work together; exit code 1 if they don't."""
+    """Say whether a model and a DeepSpeed config work together: exit code 0 yes, 3 with warnings, 1 no."""
     from lorasync.zero import inspect_path
 
     report = inspect_path(model, str(ds_config))
-    table = Table("severity", "code", "key", "value", "reason", "fix")
     for finding in report.findings:
-        table.add_row(
-            finding.severity, finding.code, finding.key, str(finding.value), finding.reason, finding.fix
+        _out.print(
+            f"[bold]{finding.severity}[/] {finding.code}: {finding.key} = {finding.value}", soft_wrap=True
         )
-    _out.print(table if report.findings else "no findings: they work together")
+        _out.print(f"  why: {finding.reason}\n  fix: {finding.fix}", highlight=False, soft_wrap=True)
+    _out.print("They don't work together." if report.exit_code == 1 else "They work together.")
     raise typer.Exit(report.exit_code)
 
 
@@ -58,7 +56,7 @@ def merge(
     """Merge an adapter into its base and write a checkpoint, one layer in memory at a time."""
     from lorasync.export import merge_to_disk
 
-    merge_to_disk((base, adapter), out)
+    merge_to_disk(base, out, adapter=adapter)
     _out.print(f"merged into {out}")
 
 

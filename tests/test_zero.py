@@ -206,7 +206,7 @@ def test_remarks_on_zero3():
     assert "int8-not-sharded" not in codes(replace(PLAN, quantization=INT8), config(2))
     assert {"whole-model-load", "adapter-dtype"} <= codes(PLAN, config(3), "note")
     assert "zeropp-lossy" in codes(
-        replace(PLAN, quantization=None), config(3, zero_quantized_weights=True), "warning"
+        replace(PLAN, quantization=None), config(3, zero_quantized_weights=True), "error"
     )
     assert "offload-stage" in codes(PLAN, config(2, offload_param={"device": "cpu"}), "warning")
     assert "offload-stage" in codes(PLAN, config(0, offload_optimizer={"device": "cpu"}), "warning")

@@ -137,12 +137,12 @@ def quantized_weights(case: Case) -> Iterator[Finding]:
     else:
         yield Finding(
             "zeropp-lossy",
-            "warning",
+            "error",
             f"zero_optimization.{key}",
             "true",
-            "the forward pass sees weights that went through 8 bits, a merge sees the exact ones: trainer "
-            "and engine then differ by more than rounding.",
-            "Remove the key for a policy that has to match its engine.",
+            "the forward pass sees weights that went through 8 bits, a merge sees the exact ones: the engine "
+            "would serve another policy than the one that is trained.",
+            "Remove the key.",
         )
 
 

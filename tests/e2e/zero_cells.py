@@ -235,7 +235,7 @@ def start_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(worker.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(worker.parent), os.environ.get("PYTHONPATH", "")]),
     }
     with (work / f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(
