@@ -29,6 +29,9 @@ PROTOCOL = 1
 INLINE_LIMIT = 4 << 20
 """Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
 
+ADAPTER_IDS = 1_000_000
+"""Ids of our adapters in vLLM: this plus the version. vLLM wants whole numbers from 1 on; users count from there."""
+
 Tensors = Mapping[str, torch.Tensor]
 _FOLDER_PREFIX = "lorasync-"
 _DTYPES = {
@@ -71,7 +74,7 @@ _SAFETENSORS_NAMES = {
 class Control:
     """Rides `init_weight_transfer_engine`: the handshake, and the questions asked outside of an update."""
 
-    op: Literal["hello", "commit", "rollback", "status", "goodbye"]
+    op: Literal["hello", "stage", "commit", "rollback", "status", "goodbye"]
     protocol: int
     lorasync: str
     session: str
@@ -80,14 +83,14 @@ class Control:
     apply: str = "{}"
     manifest: str = "[]"
     version: int = 0
-    details: str = "{}"
+    bucket: Any = None
 
 
 @dataclass(frozen=True)
 class Update:
     """Rides `update_weights`: one bucket of tensors, or the word that the update is given up."""
 
-    op: Literal["bucket", "abort"]
+    op: Literal["bucket", "base", "abort"]
     session: str
     version: int
     call: int

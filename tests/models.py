@@ -44,6 +44,7 @@ def with_adapter(model: PreTrainedModel, *, seed: int = 0, scale: float = 0.02, 
     """A LoRA adapter on all linear layers, with a B that is not zero, as after training."""
     name = settings.pop("adapter_name", "default")
     config = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **settings})
+    torch.manual_seed(seed)  # A is drawn at random
     policy = get_peft_model(model, config, adapter_name=name)
     move(policy, seed=seed, scale=scale)
     return policy

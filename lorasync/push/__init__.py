@@ -1,6 +1,7 @@
 """Push a source to a live vLLM engine: `connect`, then `send_weights`."""
 
+from lorasync.push.apply import MergeInWorker, ServeAdapter
 from lorasync.push.report import SyncReport
 from lorasync.push.sync import Sync, connect
 
-__all__ = ["Sync", "SyncReport", "connect"]
+__all__ = ["MergeInWorker", "ServeAdapter", "Sync", "SyncReport", "connect"]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lorasync.errors import Mismatch as _Mismatch
 from lorasync.errors import MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from lorasync.source import FactorSource
 
 BaseKind = Literal["device", "cpu", "checkpoint", "nf4"]
 
@@ -79,3 +87,56 @@ class ServeAdapter:
 
 
 Apply = MergeInWorker | ServeAdapter
+
+
+def apply_message(apply: Apply | None, source: Any) -> str:
+    """What the handshake says of the strategy; for factors every trainer rank takes part, as base weights are read.
+
+    Raises:
+        MismatchError: if source and apply don't go together.
+    """
+    from lorasync.fingerprint import to_json
+    from lorasync.source import FactorSource, base_samples
+
+    if apply is None:
+        if isinstance(source, FactorSource):
+            raise MismatchError(
+                "A FactorSource needs to be told what the workers do with the factors.",
+                [
+                    _Mismatch(
+                        "apply",
+                        "nothing",
+                        "ServeAdapter(name) or MergeInWorker(base=…)",
+                        "connect(source, llm, apply)",
+                    )
+                ],
+            )
+        return json.dumps({"kind": "load"})
+    if not isinstance(source, FactorSource):
+        raise MismatchError(
+            f"{type(apply).__name__} works on factors.",
+            [
+                _Mismatch(
+                    "source",
+                    type(source).__name__,
+                    "FactorSource",
+                    "Use FactorSource(model), or leave apply out.",
+                )
+            ],
+        )
+    factors = {"spec": source.spec().to_json(), "samples": to_json(base_samples(source))}
+    if isinstance(apply, MergeInWorker):
+        return json.dumps({"kind": "merge", "base": apply.base, **factors})
+    return json.dumps({"kind": "adapter", "other_base": apply.other_base, **factors})
+
+
+def strategy_of(apply: Apply | None) -> str:
+    """What a report calls the strategy."""
+    return "merged" if apply is None else "factors" if isinstance(apply, MergeInWorker) else "adapter"
+
+
+def packed_base(apply: Apply | None, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trainer's packed weights, where the workers are to merge from them; nothing otherwise."""
+    if isinstance(apply, MergeInWorker) and apply.base == "nf4":
+        factors: FactorSource = source
+        yield from factors.packed_base()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import threading
 import time
@@ -15,9 +14,11 @@ import torch
 
 from lorasync import __version__
 from lorasync.errors import EngineClosedError, LorasyncError, PushInProgressError, SyncError
+from lorasync.push.apply import Apply, ServeAdapter, apply_message, packed_base, strategy_of
 from lorasync.push.report import SyncReport
 from lorasync.push.target import Target, target_of
 from lorasync.wire import (
+    ADAPTER_IDS,
     INLINE_LIMIT,
     PROTOCOL,
     Control,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 Replies = dict[int, dict[str, Any]]
+ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "goodbye"]
 
 
 class Meta(Protocol):
@@ -62,6 +64,7 @@ class Source(Protocol):
 def connect(
     source: Source,
     target: object,
+    apply: Apply | None = None,
     *,
     timeout: float = 600.0,
     bucket_bytes: int = 256 << 20,
@@ -71,9 +74,10 @@ def connect(
     Every trainer rank calls it; rank 0 talks to the engine.
 
     Args:
-        source: what travels; a `MergedSource`.
+        source: what travels; a `MergedSource`, or a `FactorSource` with an ``apply``.
         target: a `vllm.LLM` started with ``weight_transfer_config={"backend": "lorasync"}``, or any object with
             vLLM's four weight-sync calls.
+        apply: what the workers do with factors: `ServeAdapter` or `MergeInWorker`.
         timeout: the longest wait for any answer, in seconds.
         bucket_bytes: how many bytes of merged weights exist at a time, at most (or one tensor, if larger).
 
@@ -87,14 +91,18 @@ def connect(
         >>> report = sync.send_weights()  # doctest: +SKIP
         >>> llm.generate(prompts, **sync.request())  # doctest: +SKIP
     """
-    return Sync(source, target, timeout=timeout, bucket_bytes=bucket_bytes)
+    return Sync(source, target, apply, timeout=timeout, bucket_bytes=bucket_bytes)
 
 
 class Sync:
     """A connection between one source and one engine; made by `connect`."""
 
-    def __init__(self, source: Source, target: object, *, timeout: float, bucket_bytes: int) -> None:
+    def __init__(
+        self, source: Source, target: object, apply: Apply | None, *, timeout: float, bucket_bytes: int
+    ) -> None:
         self.source = source
+        self.apply = apply
+        self._newest = 0  # counts up, also after a rollback
         self.version = 0
         self.closed = ""
         self._bucket_bytes = bucket_bytes
@@ -105,13 +113,17 @@ class Sync:
         self._calls = 0
         self._ranks = 0
         with _agreed_by_all_ranks():
-            manifest = source.metadata()
+            manifest, message = source.metadata(), apply_message(apply, source)
             if self._is_sender:
                 self._target: Target = target_of(target, timeout=timeout)
                 self._mailbox = Mailbox.create()
                 weakref.finalize(self, self._mailbox.remove)
-                self._shake_hands(manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
-        self.version = _largest_of_all_ranks(self.version)  # only the sender has asked the engine
+                self._shake_hands(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
+        self.version = self._newest = _largest_of_all_ranks(
+            self.version
+        )  # only the sender has asked the engine
+        with _agreed_by_all_ranks():
+            self._send_base()
 
     def send_weights(self) -> SyncReport:
         """Push the policy as it is now; when it returns, the engine serves exactly that.
@@ -131,20 +143,43 @@ class Sync:
         try:
             with _agreed_by_all_ranks():
                 report = self._push() if self._is_sender else self._accompany()
-            self.version = report.version  # not before all ranks have agreed that it went well
+            self.version = self._newest = report.version  # not before all ranks have agreed that it went well
             return report
         finally:
             self._busy.release()
+
+    def rollback(self) -> None:
+        """Serve the version before this one again; one step back, for factors and adapters.
+
+        Every trainer rank calls it. The next push counts on from the newest version.
+
+        Raises:
+            SyncError: if there is no version before, or merged weights were pushed: they replace the old ones.
+        """
+        with _agreed_by_all_ranks():
+            if self._is_sender:
+                self._control("rollback", version=self.version - 1)
+                self._target.reset_prefix_cache()
+        self.version -= 1
 
     def request(self) -> dict[str, Any]:
         """What `generate` needs beyond the prompts to be answered by the version pushed last.
 
         Raises:
-            EngineClosedError: if a merged push died half-way and none has completed since.
+            EngineClosedError: if a push died half-way and none has completed since.
+            SyncError: if an adapter is asked for before the first push.
         """
         if self.closed:
             raise EngineClosedError(self.closed)
-        return {}
+        if not isinstance(self.apply, ServeAdapter):
+            return {}
+        if self.version == 0:
+            raise SyncError("request: nothing was pushed yet, expected a version. Call send_weights() first.")
+        from vllm.lora.request import LoRARequest
+
+        name = f"{self.apply.name}@{self.version}"
+        path = f"lorasync://{self.apply.name}/{self.version}"  # part of the prefix cache's key; never opened
+        return {"lora_request": LoRARequest(name, ADAPTER_IDS + self.version, path)}
 
     def shutdown(self) -> None:
         """Say goodbye to the engine, which keeps serving, and remove the shared-memory folder."""
@@ -165,14 +200,16 @@ class Sync:
 
     def _push(self) -> SyncReport:
         began = time.perf_counter()
-        version = self.version + 1
-        totals = _Totals()
-        self._answered(self._target.start, call=0)
+        version = self._newest + 1
+        totals = _Totals(strategy_of(self.apply))
+        if not self._stages_only:
+            self._answered(self._target.start, call=0)
         stream = _timed(self.source, totals)
         try:
             for bucket in _buckets(stream, self._bucket_bytes):
                 self._send(bucket, version, totals)
-            self._target.finish(str(version))
+            if not self._stages_only:
+                self._target.finish(str(version))
         except BaseException as error:
             self._abort(version, error)
             for _ in stream:  # the other trainer ranks are in its collectives
@@ -184,13 +221,35 @@ class Sync:
         self._target.reset_prefix_cache()
         return totals.report(version, self._ranks, time.perf_counter() - began)
 
-    def _send(self, bucket: dict[str, torch.Tensor], version: int, totals: _Totals) -> None:
+    @property
+    def _stages_only(self) -> bool:
+        """An adapter leaves the weights alone: vLLM's update, which drops every loaded adapter, is not for it."""
+        return isinstance(self.apply, ServeAdapter)
+
+    def _send_base(self) -> None:
+        """Once: the packed 4-bit weights that the workers merge from. Every rank takes part in reading them."""
+        stream = packed_base(self.apply, self.source)
+        for bucket in _buckets(stream, self._bucket_bytes):
+            if self._is_sender:
+                self._send(bucket, self.version, _Totals(""), op="base")
+
+    def _send(
+        self,
+        bucket: dict[str, torch.Tensor],
+        version: int,
+        totals: _Totals,
+        *,
+        op: Literal["bucket", "base"] = "bucket",
+    ) -> None:
         began = time.perf_counter()
         call = self._next_call()
-        fields: dict[str, Any] = {"op": "bucket", "session": self._session, "version": version, "call": call}
+        fields: dict[str, Any] = {"op": op, "session": self._session, "version": version, "call": call}
         with self._as_payload(bucket) as payload:
             update = Update(**fields, **payload)
-            replies = self._answered(lambda: self._target.update(_wire_dict(update)), call=call)
+            if self._stages_only or op == "base":
+                replies = self._control("stage", bucket=_wire_dict(update), call=call)
+            else:
+                replies = self._answered(lambda: self._target.update(_wire_dict(update)), call=call)
         totals.add(bucket, update.digest, _slowest(replies), time.perf_counter() - began)
 
     @contextlib.contextmanager
@@ -225,7 +284,10 @@ class Sync:
         call = self._next_call()
         update = Update(op="abort", session=self._session, version=version, call=call)
         with contextlib.suppress(Exception):
-            self._target.update(_wire_dict(update))
+            if self._stages_only:
+                self._control("stage", bucket=_wire_dict(update), call=call)
+            else:
+                self._target.update(_wire_dict(update))
         if self._mailbox is not None:
             self._mailbox.collect(call)
         self._close(version, error)
@@ -242,16 +304,16 @@ class Sync:
 
     def _accompany(self) -> SyncReport:
         """A rank that is not the sender takes part in the source's collectives and drops what they yield."""
-        began, totals = time.perf_counter(), _Totals()
+        began, totals = time.perf_counter(), _Totals(strategy_of(self.apply))
         for _, tensor in _timed(self.source, totals):
             totals.count(tensor)
-        return totals.report(self.version + 1, 0, time.perf_counter() - began)
+        return totals.report(self._newest + 1, 0, time.perf_counter() - began)
 
     # ---------------------------------------------------------------------------------- the calls
 
-    def _shake_hands(self, manifest: str) -> None:
+    def _shake_hands(self, message: str, manifest: str) -> None:
         try:
-            replies = self._control("hello", apply=json.dumps({"kind": "load"}), manifest=manifest)
+            replies = self._control("hello", apply=message, manifest=manifest)
         except BaseException:
             assert self._mailbox is not None
             self._mailbox.remove()
@@ -261,11 +323,9 @@ class Sync:
         self.version = max((int(r["version"]) for r in replies.values()), default=0)
         self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
 
-    def _control(
-        self, op: Literal["hello", "commit", "rollback", "status", "goodbye"], **fields: Any
-    ) -> Replies:
+    def _control(self, op: ControlOp, *, call: int = 0, **fields: Any) -> Replies:
         assert self._mailbox is not None
-        call = self._next_call()
+        call = call or self._next_call()
         control = Control(
             op=op,
             protocol=PROTOCOL,
@@ -304,7 +364,8 @@ class Sync:
 class _Totals:
     """What adds up over the buckets of one push."""
 
-    def __init__(self) -> None:
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
         self.tensors = self.bytes = 0
         self.source = self.sending = self.apply = 0.0
         self.digests: list[str] = []
@@ -332,7 +393,7 @@ class _Totals:
         }
         return SyncReport(
             version=version,
-            strategy="merged",
+            strategy=self.strategy,
             tensors=self.tensors,
             bytes=self.bytes,
             seconds=seconds,

@@ -9,12 +9,15 @@ import torch
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
 from lorasync.receive import vllm_parts
+from lorasync.receive.adapter import AdapterApplier
+from lorasync.receive.factors import FactorApplier
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
+from lorasync.receive.staging import check_bucket
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lorasync.receive.engine import WorkerEngine
 
@@ -25,6 +28,8 @@ class Applier(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
+
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
 
     def commit(self, version: int) -> dict[str, Any]: ...
 
@@ -44,11 +49,16 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
         MismatchError: if what will be pushed does not fit the served model; everything wrong is listed.
     """
     wanted = json.loads(control.apply)
-    if wanted.get("kind") == "load":
-        return LoadApplier(control, engine)
-    raise SyncError(
-        f"apply: got {wanted.get('kind')!r}, expected 'load'. Trainer and engine differ in version."
-    )
+    kinds: dict[str, Callable[[], Applier]] = {
+        "load": lambda: LoadApplier(control, engine),
+        "merge": lambda: FactorApplier(control, engine, wanted),
+        "adapter": lambda: AdapterApplier(control, engine, wanted),
+    }
+    if wanted.get("kind") not in kinds:
+        raise SyncError(
+            f"apply: got {wanted.get('kind')!r}, expected one of {', '.join(kinds)}. Versions differ."
+        )
+    return kinds[wanted["kind"]]()
 
 
 class LoadApplier:
@@ -73,7 +83,7 @@ class LoadApplier:
         }
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        self._check(tensors)
+        check_bucket(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)
         self._pass.write(tensors)
@@ -91,6 +101,9 @@ class LoadApplier:
         self._pass, self._received = None, set()
         return {}
 
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
+        raise PayloadError("A merged push has no base of its own.")
+
     def rollback(self) -> dict[str, Any]:
         raise SyncError(
             "rollback: merged weights replace the old ones in place. Push the older policy instead."
@@ -105,24 +118,6 @@ class LoadApplier:
 
     def close(self) -> None:
         self.undo()
-
-    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        wrong = []
-        for name, tensor in tensors.items():
-            got = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
-            expected = self._expected.get(name)
-            if name in self._received:
-                wrong.append(Mismatch(name, "it a second time", "each name once", "Fix the source."))
-            elif expected is None:
-                wrong.append(Mismatch(name, got, "only names of the handshake", "connect() again."))
-            elif expected != (tensor.dtype, tuple(tensor.shape)):
-                wrong.append(
-                    Mismatch(name, got, f"{dtype_name(expected[0])} {expected[1]}", "connect() again.")
-                )
-        if wrong:
-            raise MismatchError(
-                "A bucket is not what the handshake announced; none of it was applied.", wrong
-            )
 
 
 def _refuse_narrowing(plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:

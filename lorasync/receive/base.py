@@ -68,6 +68,10 @@ class CopiedBases:
             if name not in self._whole:
                 self._whole[name] = self._own(self._checkpoint.whole(name))
 
+    def kept(self, row: Row) -> torch.Tensor | None:
+        """The copy that an earlier session has taken of this row, if any."""
+        return self._rectangles.get(row)
+
     def rectangle(self, row: Row) -> Base:
         return PlainBase(self._rectangles[row])
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync import __version__
-from lorasync.errors import EngineClosedError, LorasyncError, Mismatch, MismatchError, PayloadError, SyncError
+from lorasync.errors import EngineClosedError, Mismatch, MismatchError, PayloadError, SyncError
 from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.wire import (
     PROTOCOL,
     Control,
@@ -45,7 +46,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._session = ""
         self.version = 0
         self.closed = ""
-        self._failure: BaseException | None = None
+        self._copies: dict[str, CopiedBases] = {}
 
     # ------------------------------------------------------------------------- vLLM's four calls
 
@@ -55,6 +56,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._mailbox = Mailbox.open(init_info.mailbox)
         operations: dict[str, Callable[[Control], dict[str, Any]]] = {
             "hello": self._hello,
+            "stage": lambda control: self._bucket(self.parse_update_info(control.bucket)),
             "commit": self._commit,
             "rollback": self._rollback,
             "status": lambda _: {},
@@ -64,14 +66,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Nothing is touched before the first bucket."""
-        self._failure = None
 
     def receive_weights(self, update_info: Update) -> None:
         """Check one bucket and stage or load it; an error ends the update."""
         self._answering(update_info.call, lambda: self._bucket(update_info))
 
     def finish_weight_update(self) -> None:
-        """VLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
+        """Commit nothing yet: vLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
 
     def shutdown(self) -> None:
         """Forget the trainer; the served weights stay as they are."""
@@ -97,7 +98,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             raise SyncError("The trainer gave up the update.")
         try:
             tensors = self._tensors_of(update)
-            return applier.receive(tensors)
+            return applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
         except BaseException:
             self._abort(applier)
             raise
@@ -198,6 +199,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         parallel = self.vllm_config.parallel_config
         return int(parallel.rank)
 
+    def copies_of_base(self, kind: str, checkpoint: CheckpointBases) -> CopiedBases:
+        """The copies of the pristine base that this worker keeps, on the device or in host memory."""
+        if kind not in self._copies:
+            self._copies[kind] = CopiedBases(self.device if kind == "device" else "cpu", checkpoint)
+        return self._copies[kind]
+
     def check_open(self) -> None:
         """Raise if a merged push died half-way.
 
@@ -206,6 +213,3 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         """
         if self.closed:
             raise EngineClosedError(self.closed)
-
-
-__all__ = ["LorasyncError", "WorkerEngine"]

@@ -14,12 +14,13 @@ from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.kernels import GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
 from lorasync.receive import vllm_parts
-from lorasync.receive.base import Bases, CheckpointBases, PackedBases, Rectangle
+from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle
+from lorasync.receive.identity import Read, check_base
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
 from lorasync.receive.staging import Staging
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
-from lorasync.wire import Control, dtype_name, manifest_from_text
+from lorasync.wire import Control, manifest_from_text
 
 if TYPE_CHECKING:
     from lorasync.receive.engine import WorkerEngine
@@ -47,6 +48,7 @@ class FactorApplier:
         self._touched = sorted(self._edits)
         self._packed_parts: dict[str, torch.Tensor] = {}
         self._previous: dict[str, torch.Tensor] | None = None
+        self._torn = False
         self._active: dict[str, torch.Tensor] = {}
         self._grouped: GroupedMerge | None = None
         self._check_dora(ranks)
@@ -75,9 +77,12 @@ class FactorApplier:
         try:
             self._apply(staged)
         except BaseException:
+            self._torn = True
             if previous is not None:
                 self._apply(previous)
+                self._torn = False
             raise
+        self._torn = False
         self._previous = previous
         return {}
 
@@ -91,7 +96,7 @@ class FactorApplier:
 
     def undo(self) -> bool:
         self._staging.drop()
-        return False
+        return self._torn
 
     def close(self) -> None:
         self.undo()
@@ -113,39 +118,41 @@ class FactorApplier:
 
     def _find_bases(self, engine: WorkerEngine) -> Bases:
         if self._kind == "nf4":
-            self._compare(
-                {n: s for n, s in self._samples.items() if s.base == "plain"}, self._live_or_checkpoint
-            )
+            self._check_packed()
+            plain = {n: s for n, s in self._samples.items() if s.base == "plain"}
+            self._check_base(plain, self._live_or_checkpoint)
             return self._checkpoint  # until the packed base has come
         if self._kind == "checkpoint":
-            self._compare(self._samples, self._from_checkpoint)
+            self._check_base(self._samples, self._from_checkpoint)
             return self._checkpoint
         copies = engine.copies_of_base(self._kind, self._checkpoint)
-        self._compare(
-            self._samples, lambda row: copies.rectangle_or_none(row) or self._live_or_checkpoint(row)
-        )
+        self._check_base(self._samples, lambda row: self._kept_or_live(copies, row))
         copies.keep(self._live, self._direct_rows(self._touched))
         copies.keep_whole(self._names_through_loader())
         return copies
 
-    def _compare(self, samples: Mapping[str, WeightSample], read: Any) -> None:
-        """Refuse a base that is not the one trained on.
-
-        Raises:
-            MismatchError: naming every weight that differs, with the ways out.
-        """
-        wrong = []
-        for name, sample in samples.items():
-            for row in self._live.plan.rows_of(name):
-                found = _first_difference(sample, row, read(row), self._dtype)
-                if found is not None:
-                    wrong.append(_base_mismatch(name, sample, found))
-                    break
-        if wrong:
+    def _check_packed(self) -> None:
+        others = [n for n, s in self._samples.items() if s.base not in ("plain", "nf4", "fp4")]
+        if others or all(s.base == "plain" for s in self._samples.values()):
+            held = "8-bit" if others else "no packed 4-bit"
+            fix = "Use MergedSource." if others else "Use base='device', 'cpu' or 'checkpoint'."
             raise MismatchError(
-                f"The engine's base is not the one that was trained on ({len(wrong)} weights differ); nothing was touched.",
-                wrong,
+                "MergeInWorker(base='nf4') sends the trainer's packed 4-bit weights.",
+                [Mismatch("base", f"{held} weights in the trainer", "4-bit weights (NF4 or FP4)", fix)],
             )
+
+    def _check_base(self, samples: Mapping[str, WeightSample], read: Read) -> None:
+        four_bit = any(s.base in ("nf4", "fp4") for s in self._samples.values())
+        fix = (
+            "The policy was trained on 4-bit weights: use MergeInWorker(base='nf4'), or MergedSource."
+            if four_bit and self._kind != "nf4"
+            else "Start the engine from the checkpoint that was trained on; after a merged push, use base='checkpoint'."
+        )
+        check_base(samples, self._live.plan, read, self._dtype, fix=fix)
+
+    def _kept_or_live(self, copies: CopiedBases, row: Row) -> torch.Tensor:
+        kept = copies.kept(row)
+        return kept if kept is not None else self._live_or_checkpoint(row)
 
     def _live_or_checkpoint(self, row: Row) -> torch.Tensor:
         if row.param in self._live.direct:
@@ -202,7 +209,7 @@ class FactorApplier:
     def _merge_direct(self) -> None:
         if self._grouped is None:
             grouped = [row for row in self._direct_rows(self._touched) if self._is_groupable(row)]
-            self._grouped = GroupedMerge([self._job(row) for row in grouped]) if grouped else GroupedMerge([])
+            self._grouped = GroupedMerge([self._job(row) for row in grouped])
             self._rest = [row for row in self._direct_rows(self._touched) if row not in set(grouped)]
         if self._grouped.jobs:
             self._grouped.run()
@@ -248,22 +255,18 @@ class FactorApplier:
             for row in rows:
                 yield row, self._bases.rectangle(row).dequantize()
         else:
-            whole = self._whole_from(rows) if self._is_whole(rows) else None
-            merged = self._edited(name, whole if whole is not None else self._bases.whole(name))
+            whole = (
+                self._bases.rectangle(rows[0]).dequantize()
+                if self._is_whole(rows)
+                else self._bases.whole(name)
+            )
+            merged = self._edited(name, whole)
             for row in rows:
                 yield row, row.source.view(merged.contiguous())
 
     def _is_whole(self, rows: list[Row]) -> bool:
-        return (
-            len(rows) == 1
-            and torch.Size(rows[0].source.shape).numel()
-            == torch.Size(self._samples[rows[0].name].shape).numel()
-            if rows[0].name in self._samples
-            else False
-        )
-
-    def _whole_from(self, rows: list[Row]) -> torch.Tensor:
-        return self._bases.rectangle(rows[0]).dequantize().to(self._device)
+        sample = self._samples.get(rows[0].name)
+        return len(rows) == 1 and sample is not None and rows[0].source.shape == sample.shape
 
     def _merged(self, name: str) -> torch.Tensor:
         """A whole checkpoint tensor, merged and rounded once, for a layer that is loaded through vLLM's loader."""
@@ -343,48 +346,6 @@ def _refuse_what_needs_another_strategy(spec: FactorSpec) -> None:
         )
 
 
-def _first_difference(
-    sample: WeightSample, row: Row, part: Any, dtype: torch.dtype
-) -> tuple[float, float] | None:
-    """The first of the sampled elements within ``part`` (what ``row`` names) that differs: (engine's, trainer's)."""
-    tensor = part if isinstance(part, torch.Tensor) else part.dequantize()
-    inside, at = [], []
-    for position, value in zip(sample.positions, sample.values, strict=True):
-        index = _index_in(row, position)
-        if index is not None:
-            inside.append(value)
-            at.append(index)
-    if not at:
-        return None
-    got = tensor.reshape(-1)[torch.tensor(at, device=tensor.device)].to(dtype).double().cpu()
-    expected = torch.tensor(inside, dtype=torch.float64).to(dtype).double()
-    wrong = (got != expected).nonzero()
-    return None if not len(wrong) else (float(got[wrong[0, 0]]), float(expected[wrong[0, 0]]))
-
-
-def _index_in(row: Row, position: int) -> int | None:
-    """Where an element of the checkpoint tensor lies within the row's part, flat; None if it is not in it."""
-    rest = position - row.source.offset
-    if rest < 0:
-        return None
-    index = 0
-    for size, stride in sorted(zip(row.source.shape, row.source.stride, strict=True), key=lambda p: -p[1]):
-        step, rest = divmod(rest, stride)
-        if step >= size:
-            return None
-        index = index * size + step
-    return index if rest == 0 else None
-
-
-def _base_mismatch(name: str, sample: WeightSample, found: tuple[float, float]) -> Mismatch:
-    got, expected = found
-    if sample.base in ("nf4", "fp4"):
-        fix = "The policy was trained on 4-bit weights: use MergeInWorker(base='nf4'), or MergedSource."
-    else:
-        fix = "Start the engine from the checkpoint that was trained on; after a merged push, use base='checkpoint'."
-    return Mismatch(name, f"{got:g} in the engine", f"{expected:g} ({sample.base} base in the trainer)", fix)
-
-
 def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -397,6 +358,3 @@ def _float(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise PayloadError(f"dtype {name!r}: expected a floating-point one.")
     return dtype
-
-
-__all__ = ["FactorApplier", "dtype_name"]

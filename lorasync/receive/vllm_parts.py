@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.errors import UnmergeableError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 def build_twin(vllm_config: Any) -> torch.nn.Module:
@@ -83,3 +85,66 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+# -------------------------------------------------------------------------------------------- LoRA slots
+
+
+def permitted_rank(rank: int) -> int:
+    """The smallest ``max_lora_rank`` of vLLM's list that holds this rank."""
+    return next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def peft_helper(config: Mapping[str, Any], lora_config: Any) -> Any:
+    """PEFT's adapter config as vLLM understands it.
+
+    Raises:
+        UnmergeableError: in vLLM's words, if its rules forbid the adapter.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_dict(dict(config))
+    try:
+        helper.validate_legal(lora_config)
+    except ValueError as error:
+        raise UnmergeableError(
+            f"vLLM refuses this adapter: {error} Use MergedSource or MergeInWorker."
+        ) from error
+    return helper
+
+
+def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, engine: Any) -> Any:
+    """An adapter of the worker's LoRA manager, from tensors."""
+    from vllm.lora.lora_model import LoRAModel
+
+    lora_config = engine.vllm_config.lora_config
+    built = LoRAModel.from_lora_tensors(
+        number,
+        dict(tensors),
+        helper,
+        device="cpu",
+        dtype=lora_config.lora_dtype,
+        model_vocab_size=engine.model_config.get_vocab_size(),
+        weights_mapper=_rename_mapper(engine.model),
+    )
+    built.is_3d_lora_weight = False  # vLLM stamps it when it loads from disk
+    return built
+
+
+def lora_module_of(tensor_name: str, model: torch.nn.Module) -> str:
+    """The module of vLLM's model that a factor of PEFT's checkpoint is for."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    return str(parse_fine_tuned_lora_name(tensor_name, _rename_mapper(model))[0])
+
+
+def lora_module_names(manager: Any) -> set[str]:
+    """Every module that factors can be for: LoRA layers, and the children of fused ones."""
+    fused = {name for names in manager.packed_modules.values() for name in names}
+    return set(manager.modules) | fused
+
+
+def _rename_mapper(model: torch.nn.Module) -> Any:
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    rename = getattr(mapper, "get_rename_mapper", None)  # absent in old versions
+    return rename() if callable(rename) else mapper

@@ -10,6 +10,7 @@ from lorasync.source.factors import (
 )
 from lorasync.source.merged import MergedSource, ParamMeta
 from lorasync.source.model import unwrap
+from lorasync.source.samples import base_samples
 
 __all__ = [
     "FactorBias",
@@ -20,5 +21,6 @@ __all__ = [
     "FactorSpec",
     "MergedSource",
     "ParamMeta",
+    "base_samples",
     "unwrap",
 ]

@@ -161,7 +161,7 @@ class _Walk:
             layers.refuse(each, name, prefix.removesuffix("."))
         yield from self._own(inner, prefix, merged, twice=twice)
         if isinstance(inner, nn.MultiheadAttention):
-            yield from self._tuner(cast(Any, inner.out_proj), f"{prefix}out_proj.", twice=True)
+            yield from self._tuner(cast("Any", inner.out_proj), f"{prefix}out_proj.", twice=True)
         else:
             yield from self._children(inner, prefix)
 

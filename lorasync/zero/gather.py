@@ -43,7 +43,7 @@ def is_sharded(param: Tensor) -> bool:
     """
     if _is_zero3(param):
         return _status(param) != "AVAILABLE"
-    return _is_dtensor(param) and any(not p.is_replicate() for p in cast(Any, param).placements)
+    return _is_dtensor(param) and any(not p.is_replicate() for p in cast("Any", param).placements)
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -55,7 +55,7 @@ def full_shape(param: Tensor) -> torch.Size:
         >>> full_shape(torch.zeros(2, 3))
         torch.Size([2, 3])
     """
-    return torch.Size(cast(Any, param).ds_shape) if _is_zero3(param) else param.shape
+    return torch.Size(cast("Any", param).ds_shape) if _is_zero3(param) else param.shape
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def _is_zero3(param: Tensor) -> bool:
 
 
 def _status(param: Tensor) -> str:
-    return str(cast(Any, param).ds_status.name)
+    return str(cast("Any", param).ds_status.name)
 
 
 def _is_dtensor(param: Tensor) -> bool:
@@ -160,7 +160,7 @@ def _zero3_gathered(params: list[Tensor]) -> Iterator[None]:
 
 def _full(param: Tensor) -> Tensor:
     with torch.no_grad():
-        return cast(Tensor, cast(Any, param).full_tensor().detach())
+        return cast("Tensor", cast("Any", param).full_tensor().detach())
 
 
 @contextmanager
@@ -189,13 +189,13 @@ def _agree(zero3: list[Tensor], dtensors: list[Tensor], timeout: float) -> None:
 
 def _group_ranks(zero3: list[Tensor], dtensors: list[Tensor]) -> tuple[int, ...]:
     if zero3:
-        return tuple(dist.get_process_group_ranks(cast(Any, zero3[0]).ds_process_group))
-    return tuple(int(r) for r in cast(Any, dtensors[0]).device_mesh.mesh.flatten())
+        return tuple(dist.get_process_group_ranks(cast("Any", zero3[0]).ds_process_group))
+    return tuple(int(r) for r in cast("Any", dtensors[0]).device_mesh.mesh.flatten())
 
 
 def _fingerprint(zero3: list[Tensor], dtensors: list[Tensor]) -> str:
-    facts = [(cast(Any, p).ds_id, _status(p), tuple(full_shape(p))) for p in zero3]
-    facts += [(str(cast(Any, p).placements), str(p.dtype), tuple(p.shape)) for p in dtensors]
+    facts = [(cast("Any", p).ds_id, _status(p), tuple(full_shape(p))) for p in zero3]
+    facts += [(str(cast("Any", p).placements), str(p.dtype), tuple(p.shape)) for p in dtensors]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return f"{len(facts)} parameters, {digest}"
 

@@ -1,0 +1,178 @@
+"""Serving the adapter from vLLM's LoRA slots, built inside the worker from tensors: no file, no stale cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorasync.errors import (
+    EngineNotReadyError,
+    Mismatch,
+    MismatchError,
+    PayloadError,
+    SyncError,
+    UnmergeableError,
+)
+from lorasync.fingerprint import from_json as samples_from_json
+from lorasync.receive import vllm_parts
+from lorasync.receive.base import CheckpointBases
+from lorasync.receive.identity import check_base
+from lorasync.receive.live import LiveModel
+from lorasync.receive.plan import Row, record_plan
+from lorasync.receive.staging import Staging
+from lorasync.source.factors import FactorSpec
+from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasync.receive.engine import WorkerEngine
+
+
+class AdapterApplier:
+    """Stages factors; a commit adds them under an id of their own, beside the version before, and retires older ones."""
+
+    def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._spec = FactorSpec.from_json(wanted["spec"])
+        self._manager = _manager_of(engine, self._spec)
+        manifest = manifest_from_text(control.manifest)
+        _refuse_what_slots_cannot_hold(self._spec)
+        _check_rank(self._spec, engine.vllm_config.lora_config.max_lora_rank)
+        self._helper = vllm_parts.peft_helper(self._spec.config, engine.vllm_config.lora_config)
+        self._check_modules([name for name, _, _ in manifest])
+        if not wanted["other_base"]:
+            self._check_base(wanted["samples"])
+        self._staging = Staging(manifest, torch.device("cpu"))
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "modules": len(self._spec.modules),
+            "slots": int(self._engine.vllm_config.lora_config.max_loras),
+        }
+
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        self._staging.add(tensors)
+        return {"received": len(self._staging.received)}
+
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
+        raise PayloadError("Serving an adapter needs no base from the trainer.")
+
+    def commit(self, version: int) -> dict[str, Any]:
+        tensors = self._staging.take(version)
+        self._install(version, tensors)
+        self._kept[version] = tensors
+        for old in sorted(self._kept)[:-2]:
+            self._retire(old)
+        return {"adapter_id": ADAPTER_IDS + version}
+
+    def rollback(self) -> dict[str, Any]:
+        if len(self._kept) < 2:
+            raise SyncError("rollback: there is no version before this one on this connection.")
+        newest = max(self._kept)
+        before = max(self._kept.keys() - {newest})
+        self._install(before, self._kept[before])
+        self._retire(newest)
+        return {"adapter_id": ADAPTER_IDS + before}
+
+    def undo(self) -> bool:
+        self._staging.drop()
+        return False
+
+    def close(self) -> None:
+        """Remove our adapters: nobody is left to name their versions."""
+        self.undo()
+        for version in list(self._kept):
+            self._retire(version)
+
+    def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        number = ADAPTER_IDS + version
+        if number not in self._manager.list_adapters():
+            self._manager.add_adapter(vllm_parts.lora_model(number, tensors, self._helper, self._engine))
+        self._manager.activate_adapter(number)
+
+    def _retire(self, version: int) -> None:
+        self._kept.pop(version, None)
+        self._manager.remove_adapter(ADAPTER_IDS + version)
+
+    def _check_modules(self, names: list[str]) -> None:
+        """VLLM ignores the factors of a module that it has no LoRA layer for, without a word."""
+        served = vllm_parts.lora_module_names(self._manager)
+        wrong = []
+        for name in names:
+            module = vllm_parts.lora_module_of(name, self._engine.model)
+            if module not in served:
+                fix = "Train without this module, or use MergedSource or MergeInWorker."
+                wrong.append(
+                    Mismatch(name, f"factors for {module}", "a module with a LoRA layer in this engine", fix)
+                )
+        if wrong:
+            raise MismatchError("The engine would ignore part of the adapter; nothing was touched.", wrong)
+
+    def _check_base(self, text: str) -> None:
+        samples = {n: s for n, s in samples_from_json(text).items() if n not in self._spec.ties}
+        dtype: torch.dtype = self._engine.model_config.dtype
+        manifest = [(name, dtype, sample.shape) for name, sample in samples.items()]
+        ranks = int(self._engine.vllm_config.parallel_config.tensor_parallel_size)
+        plan = record_plan(vllm_parts.build_twin(self._engine.vllm_config), manifest, ranks=ranks)
+        live = LiveModel(self._engine.model, self._engine.model_config, plan)
+        checkpoint = CheckpointBases(self._engine.model_config, dtype)
+
+        def read(row: Row) -> torch.Tensor:
+            direct = row.param in live.direct
+            return (
+                live.live_slice(row.param, row.target)
+                if direct
+                else row.source.view(checkpoint.whole(row.name))
+            )
+
+        fix = (
+            "On another base the adapter is another policy: use MergedSource, or MergeInWorker(base='nf4') for a QLoRA "
+            "policy, or accept it with ServeAdapter(..., other_base=True)."
+        )
+        check_base(samples, plan, read, dtype, fix=fix)
+
+
+def _manager_of(engine: WorkerEngine, spec: FactorSpec) -> Any:
+    if engine.vllm_config.lora_config is None:
+        rank = max((m.r for m in spec.modules), default=8)
+        raise EngineNotReadyError(
+            "enable_lora: got False, expected True: ServeAdapter needs LoRA slots. Start the engine with "
+            f"LLM(..., enable_lora=True, max_lora_rank={vllm_parts.permitted_rank(rank)}), or use MergeInWorker."
+        )
+    return engine.model.lora_manager
+
+
+def _check_rank(spec: FactorSpec, largest: int) -> None:
+    rank = max((m.r for m in spec.modules), default=0)
+    if rank > largest:
+        fix = f"Start the engine with max_lora_rank={vllm_parts.permitted_rank(rank)}, or use MergeInWorker."
+        raise MismatchError(
+            "The adapter is too large for the engine's LoRA slots.",
+            [Mismatch("max_lora_rank", str(largest), f"at least {rank}, the adapter's rank", fix)],
+        )
+
+
+def _refuse_what_slots_cannot_hold(spec: FactorSpec) -> None:
+    """VLLM's LoRA layers compute W·x + s·B·A·x, and nothing else.
+
+    Raises:
+        UnmergeableError: naming what is more than that, and the strategies that work.
+    """
+    problems = [f"{m.weight}: DoRA" for m in spec.modules if m.dora]
+    problems += [
+        f"{m.weight}: {m.kind} factors" for m in spec.modules if m.kind not in ("linear", "embedding")
+    ]
+    problems += [f"{b.weight}: a trained bias" for b in spec.biases]
+    problems += [f"{r.weight}: trained tokens" for r in spec.rows]
+    problems += [f"{s.weight}: trained whole" for s in spec.saved]
+    if spec.base_changed_by:
+        problems.append(f"init_lora_weights={spec.base_changed_by!r}: it changed the base")
+    if problems:
+        raise UnmergeableError(
+            "vLLM's LoRA slots can't hold this adapter: "
+            + "; ".join(problems[:8])
+            + ". Use MergedSource or MergeInWorker."
+        )
