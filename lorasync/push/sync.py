@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import threading
@@ -16,7 +17,7 @@ from lorasync import __version__
 from lorasync.errors import EngineClosedError, LorasyncError, PushInProgressError, SyncError
 from lorasync.push.apply import Apply, ServeAdapter, apply_message, packed_base, strategy_of
 from lorasync.push.report import SyncReport
-from lorasync.push.target import Target, target_of
+from lorasync.push.target import AsyncLLMTarget, Pause, Target, target_of
 from lorasync.wire import (
     ADAPTER_IDS,
     INLINE_LIMIT,
@@ -66,6 +67,7 @@ def connect(
     target: object,
     apply: Apply | None = None,
     *,
+    pause: Pause = "keep",
     timeout: float = 600.0,
     bucket_bytes: int = 256 << 20,
 ) -> Sync:
@@ -75,9 +77,11 @@ def connect(
 
     Args:
         source: what travels; a `MergedSource`, or a `FactorSource` with an ``apply``.
-        target: a `vllm.LLM` started with ``weight_transfer_config={"backend": "lorasync"}``, or any object with
-            vLLM's four weight-sync calls.
+        target: a `vllm.LLM` or an `AsyncLLM` started with ``weight_transfer_config={"backend": "lorasync"}``, or any
+            object with vLLM's four weight-sync calls. With an `AsyncLLM` call from another thread than its loop's.
         apply: what the workers do with factors: `ServeAdapter` or `MergeInWorker`.
+        pause: what happens to requests in flight on an `AsyncLLM` while weights change: ``"keep"`` them and go on
+            after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
         timeout: the longest wait for any answer, in seconds.
         bucket_bytes: how many bytes of merged weights exist at a time, at most (or one tensor, if larger).
 
@@ -91,14 +95,21 @@ def connect(
         >>> report = sync.send_weights()  # doctest: +SKIP
         >>> llm.generate(prompts, **sync.request())  # doctest: +SKIP
     """
-    return Sync(source, target, apply, timeout=timeout, bucket_bytes=bucket_bytes)
+    return Sync(source, target, apply, pause=pause, timeout=timeout, bucket_bytes=bucket_bytes)
 
 
 class Sync:
     """A connection between one source and one engine; made by `connect`."""
 
     def __init__(
-        self, source: Source, target: object, apply: Apply | None, *, timeout: float, bucket_bytes: int
+        self,
+        source: Source,
+        target: object,
+        apply: Apply | None,
+        *,
+        pause: Pause,
+        timeout: float,
+        bucket_bytes: int,
     ) -> None:
         self.source = source
         self.apply = apply
@@ -115,7 +126,7 @@ class Sync:
         with _agreed_by_all_ranks():
             manifest, message = source.metadata(), apply_message(apply, source)
             if self._is_sender:
-                self._target: Target = target_of(target, timeout=timeout)
+                self._target: Target = target_of(target, timeout=timeout, pause=pause)
                 self._mailbox = Mailbox.create()
                 weakref.finalize(self, self._mailbox.remove)
                 self._shake_hands(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
@@ -147,6 +158,10 @@ class Sync:
             return report
         finally:
             self._busy.release()
+
+    async def send_weights_async(self) -> SyncReport:
+        """`send_weights` for async code: the event loop, and with it an `AsyncLLM`, goes on meanwhile."""
+        return await asyncio.to_thread(self.send_weights)
 
     def rollback(self) -> None:
         """Serve the version before this one again; one step back, for factors and adapters.
@@ -202,24 +217,36 @@ class Sync:
         began = time.perf_counter()
         version = self._newest + 1
         totals = _Totals(strategy_of(self.apply))
-        if not self._stages_only:
-            self._answered(self._target.start, call=0)
+        stop = _Stop(self._target)
+        try:
+            if self.apply is None:
+                stop.begin()  # merged weights are live as they come
+            if not self._stages_only:
+                self._answered(self._target.start, call=0)
+            self._transfer(version, totals, stop)
+            committing = time.perf_counter()
+            self._commit(version)
+            totals.apply += time.perf_counter() - committing
+            if not self._stages_only:
+                self._target.reset_prefix_cache()
+        finally:
+            if not self.closed:  # an engine that is closed stays stopped until a push completes
+                stop.end()
+        return totals.report(version, self._ranks, time.perf_counter() - began, stop.seconds)
+
+    def _transfer(self, version: int, totals: _Totals, stop: _Stop) -> None:
         stream = _timed(self.source, totals)
         try:
             for bucket in _buckets(stream, self._bucket_bytes):
                 self._send(bucket, version, totals)
             if not self._stages_only:
+                stop.begin()  # factors were staged beside what is served until now
                 self._target.finish(str(version))
         except BaseException as error:
             self._abort(version, error)
             for _ in stream:  # the other trainer ranks are in its collectives
                 pass
             raise
-        committing = time.perf_counter()
-        self._commit(version)
-        totals.apply += time.perf_counter() - committing
-        self._target.reset_prefix_cache()
-        return totals.report(version, self._ranks, time.perf_counter() - began)
 
     @property
     def _stages_only(self) -> bool:
@@ -361,6 +388,25 @@ class Sync:
         return self._calls
 
 
+class _Stop:
+    """The time in which the engine does not generate."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._began: float | None = None
+        self.seconds: float | None = None
+
+    def begin(self) -> None:
+        if self._began is None:
+            self._began = time.perf_counter()
+            self._target.pause()
+
+    def end(self) -> None:
+        self._target.resume()
+        if self._began is not None and isinstance(self._target, AsyncLLMTarget):
+            self.seconds = time.perf_counter() - self._began
+
+
 class _Totals:
     """What adds up over the buckets of one push."""
 
@@ -384,7 +430,7 @@ class _Totals:
         self.apply += applying
         self.sending += sending
 
-    def report(self, version: int, ranks: int, total: float) -> SyncReport:
+    def report(self, version: int, ranks: int, total: float, stall: float | None = None) -> SyncReport:
         seconds = {
             "source": self.source,
             "wire": max(self.sending - self.apply, 0.0),
@@ -399,6 +445,7 @@ class _Totals:
             seconds=seconds,
             digest=digest_of_text("".join(self.digests)) if self.digests else "",
             ranks=ranks,
+            stall_seconds=stall,
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import inspect
 import threading
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lorasync.errors import EngineNotReadyError, SyncError, SyncTimeoutError
 from lorasync.plugin import BACKEND
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
 ARGUMENT = f'LLM(..., weight_transfer_config={{"backend": "{BACKEND}"}})'
+
+
+Pause = Literal["keep", "wait", "abort"]
 
 
 class Target(Protocol):
@@ -31,6 +36,11 @@ class Target(Protocol):
 
     def reset_prefix_cache(self) -> None: ...
 
+    def pause(self) -> None:
+        """Stop generating; what happens to requests in flight was said in `connect`."""
+
+    def resume(self) -> None: ...
+
 
 @runtime_checkable
 class WeightSyncCalls(Protocol):
@@ -45,7 +55,7 @@ class WeightSyncCalls(Protocol):
     def finish_weight_update(self) -> None: ...
 
 
-def target_of(engine: object, *, timeout: float) -> Target:
+def target_of(engine: object, *, timeout: float, pause: Pause = "keep") -> Target:
     """The target for an engine object.
 
     Raises:
@@ -53,10 +63,13 @@ def target_of(engine: object, *, timeout: float) -> Target:
     """
     if hasattr(engine, "llm_engine"):
         return LLMTarget(engine, timeout=timeout)
+    if hasattr(engine, "pause_generation") and hasattr(engine, "output_handler"):
+        return AsyncLLMTarget(engine, timeout=timeout, pause=pause)
     if isinstance(engine, WeightSyncCalls):
         return CallsTarget(engine, timeout=timeout)
     raise EngineNotReadyError(
-        f"target: got {type(engine).__name__}, expected a vllm.LLM or an object with vLLM's four weight-sync calls "
+        f"target: got {type(engine).__name__}, expected a vllm.LLM, an AsyncLLM, or an object with vLLM's "
+        "four weight-sync calls "
         "(init_weight_transfer_engine, start_weight_update, update_weights, finish_weight_update)."
     )
 
@@ -96,6 +109,12 @@ class LLMTarget:
                 "Push between generate() calls: cached keys and values of the old version would be served."
             )
 
+    def pause(self) -> None:
+        """Between `generate` calls nothing is in flight."""
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
     def _call(self, call: Callable[[], Any], what: str) -> Any:
         if self._core_is_here:
             return call()
@@ -131,6 +150,90 @@ class CallsTarget:
                 "serves cached keys and values of the old version."
             )
         call_with_limit(reset, self._timeout, "reset_prefix_cache")
+
+    def pause(self) -> None:
+        """Pausing is the caller's: these calls have none."""
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
+
+class AsyncLLMTarget:
+    """A vLLM `AsyncLLM`, driven from another thread than the one of its event loop."""
+
+    in_process = False
+
+    def __init__(self, engine: Any, *, timeout: float, pause: Pause) -> None:
+        _check_backend(engine.vllm_config)
+        if engine.output_handler is None:
+            raise EngineNotReadyError(
+                "AsyncLLM: got one that no event loop runs, expected one made inside of a running loop. Make it in a "
+                "coroutine, and connect from there with: await asyncio.to_thread(connect, source, engine)"
+            )
+        self._engine = engine
+        self._loop: asyncio.AbstractEventLoop = engine.output_handler.get_loop()
+        self._timeout = timeout
+        self._mode = pause
+        self._finish_takes_version = (
+            "weight_version" in inspect.signature(engine.finish_weight_update).parameters
+        )
+
+    def init(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._run(lambda: self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    def start(self) -> None:
+        self._run(self._engine.start_weight_update)
+
+    def update(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._run(lambda: self._engine.update_weights(WeightTransferUpdateRequest(update_info=info)))
+
+    def finish(self, version: str) -> None:
+        arguments = {"weight_version": version} if self._finish_takes_version else {}
+        self._run(lambda: self._engine.finish_weight_update(**arguments))
+
+    def reset_prefix_cache(self) -> None:
+        # Requests that are kept are preempted: their keys and values are computed anew by the new version.
+        if self._run(lambda: self._engine.reset_prefix_cache(reset_running_requests=True)) is False:
+            raise SyncError("prefix cache: vLLM did not reset it, expected an empty cache. Push again.")
+
+    def pause(self) -> None:
+        self._run(lambda: self._engine.pause_generation(mode=self._mode, clear_cache=self._mode != "keep"))
+
+    def resume(self) -> None:
+        self._run(self._engine.resume_generation)
+
+    def _run(self, make: Callable[[], Any]) -> Any:
+        """Run a coroutine on the engine's loop and wait for it here.
+
+        Raises:
+            SyncError: on the loop's own thread, where waiting would stop the engine that is waited for.
+            SyncTimeoutError: if it does not end in time.
+        """
+        if _running_loop() is self._loop:
+            raise SyncError(
+                "Called on the event loop that runs the engine, which would wait for itself. Use await "
+                "sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)."
+            )
+        waiting = asyncio.run_coroutine_threadsafe(make(), self._loop)
+        try:
+            return waiting.result(self._timeout)
+        except concurrent.futures.TimeoutError:
+            waiting.cancel()
+            raise SyncTimeoutError(
+                f"The AsyncLLM did not answer within {self._timeout:g} s. Is it busy, hung or dead? "
+                "connect(..., timeout=…) sets the limit."
+            ) from None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def call_with_limit(call: Callable[[], Any], seconds: float, who: str) -> Any:

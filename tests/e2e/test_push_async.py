@@ -1,0 +1,102 @@
+"""Pushes to an AsyncLLM that is generating all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+import lorasync as ls
+from lorasync.errors import SyncError
+from lorasync.push import MergeInWorker, ServeAdapter, connect
+from tests import models
+from tests.e2e.engines import PROMPTS, greedy, running_llm
+from tests.e2e.test_push_factors import tiny
+
+pytestmark = pytest.mark.timeout(400)
+PUSHES = 6
+
+
+@pytest.fixture(scope="module")
+def base(smollm2, tmp_path_factory) -> str:
+    return models.save(
+        models.tiny_llama(vocab_size=49152), tmp_path_factory.mktemp("base"), tokenizer=smollm2
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(base) -> dict[int, list[tuple[int, ...]]]:
+    """What each version answers, from an engine that is pushed to while nothing runs."""
+    answers = {}
+    with running_llm(base, dtype="float32") as llm:
+        policy = tiny(base)
+        with connect(ls.FactorSource(policy), llm, MergeInWorker(base="device")) as sync:
+            for seed in range(2):
+                models.move(policy, seed=seed)
+                sync.send_weights()
+                answers[seed] = [ids for ids, _ in greedy(llm)]
+    assert answers[0] != answers[1]
+    return answers
+
+
+@pytest.mark.parametrize("strategy", ["merged", "factors", "adapter"])
+def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expected, strategy):
+    reports, finished = asyncio.run(_session(base, expected, strategy))
+    assert [r.version for r in reports] == list(range(1, PUSHES + 1))
+    if strategy != "adapter":
+        assert all(r.stall_seconds is not None and 0 < r.stall_seconds < 60 for r in reports)
+    assert finished > 0
+
+
+async def _session(base: str, expected, strategy: str):
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2} if strategy == "adapter" else {}
+    arguments = AsyncEngineArgs(
+        model=base, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
+        weight_transfer_config={"backend": "lorasync"}, **lora,
+    )  # fmt: skip
+    engine = AsyncLLM.from_engine_args(arguments)
+    stop, finished, names = asyncio.Event(), 0, iter(range(10**6))
+
+    async def ask(prompt: str, tokens: int, **request) -> tuple[int, ...]:
+        wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        async for output in engine.generate(prompt, wanted, f"r{next(names)}", **request):
+            last = output
+        assert last.finished
+        assert len(last.outputs[0].token_ids) == tokens
+        return tuple(last.outputs[0].token_ids)
+
+    async def load() -> None:
+        nonlocal finished
+        while not stop.is_set():
+            await ask("Once upon a time", 12, **sync.request())
+            finished += 1
+
+    policy = tiny(base)
+    source = ls.MergedSource(policy) if strategy == "merged" else ls.FactorSource(policy)
+    apply = {"merged": None, "factors": MergeInWorker(base="device"), "adapter": ServeAdapter("policy")}[
+        strategy
+    ]
+    try:
+        with pytest.raises(SyncError, match="event loop"):
+            connect(source, engine, apply)
+        sync = await asyncio.to_thread(connect, source, engine, apply, pause="keep", timeout=120)
+        reports = [await sync.send_weights_async()]
+        users = [asyncio.create_task(load()) for _ in range(3)]
+        for step in range(PUSHES - 1):
+            models.move(policy, seed=step % 2)
+            reports.append(await sync.send_weights_async())
+            await asyncio.sleep(0.2)
+        now = [await ask(prompt, 8, **sync.request()) for prompt in PROMPTS]
+        assert now == expected[(PUSHES - 2) % 2]
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*users), 60)
+        await asyncio.to_thread(sync.shutdown)
+        return reports, finished
+    finally:
+        engine.shutdown()
