@@ -39,6 +39,14 @@ lint: setup
 soak: setup
 	$(PYTEST) -m slow --timeout 3000
 
+## make matrix       the ZeRO compatibility matrix: every cell a real run on two ranks (about 20 minutes)
+matrix: setup
+	$(RUN) benchmarks/zero_matrix.py
+
+## make bench        the CPU benchmark of syncs
+bench: setup
+	$(RUN) benchmarks/sync_cpu.py $(MODEL) --results benchmarks/results/sync_smollm2_cpu_$$(date +%Y%m).md
+
 ## make setup        only the set-up: .venv with CPU builds of torch and vLLM, and a small real model
 setup: $(VENV)/.ready $(MODEL)/config.json
 

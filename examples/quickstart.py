@@ -45,7 +45,9 @@ def main(model_path: str, steps: int, plot: str) -> None:
     model = load_quantized(model_path, ls.NF4, dtype=torch.float32, gradient_checkpointing=False)
     model = get_peft_model(model, preset.lora_config())
     ls.check_zero(model, ds_config)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for 90 s, and is of no use to one process
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # compiles for 90 s, and is of no use to one process
+    )
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
 
     # The rollout engine: started once. After the first push it serves the 4-bit policy, not the file it was loaded from.
