@@ -1,4 +1,4 @@
-"""The command line: `lorasync doctor`, `check-zero` and `merge`. Needs the ``cli`` extra (typer, rich)."""
+"""The command line: `lorasync doctor`, `check-zero`, `plan` and `merge`. Needs the ``cli`` extra (typer, rich)."""
 
 from __future__ import annotations
 
@@ -58,6 +58,45 @@ def merge(
 
     merge_to_disk(base, out, adapter=adapter)
     _out.print(f"merged into {out}")
+
+
+@app.command()
+def plan(
+    base: Annotated[str, typer.Argument(help="The base model: a local folder or a hub id.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder with adapter_config.json.")],
+    dtype: Annotated[str, typer.Option(help="What the engine serves in.")] = "bfloat16",
+    plot: Annotated[Path | None, typer.Option(help="Draw how much of each update survives rounding.")] = None,
+) -> None:
+    """Say how an adapter can reach an engine, what travels, and how much of it survives rounding."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lorasync.push.plan import plan as plan_of
+    from lorasync.source import MergedSource
+
+    served = getattr(torch, dtype)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=served), adapter)
+    _out.print(str(plan_of(model)), highlight=False, soft_wrap=True)
+    found = sorted(MergedSource(model, dtype=served).delta_survival(), key=lambda module: module.kept)
+    _out.print(f"How much of each module's update survives rounding to {dtype}, least first:")
+    for module in found[:10]:
+        line = f"  {module.kept:6.1%}  (‖Δ‖ {module.norm:.3g}, {module.unmoved:.1%} of the elements unmoved)  {module.name}"
+        _out.print(line, highlight=False, soft_wrap=True)
+    if plot is not None:
+        _draw([module.kept for module in found], plot)
+        _out.print(f"drawn: {plot}")
+
+
+def _draw(kept: list[float], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot(range(1, len(kept) + 1), kept, marker=".")
+    axes.set(
+        xlabel="modules, least first", ylabel="share of the update that survives", title="After rounding"
+    )
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

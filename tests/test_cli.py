@@ -58,6 +58,16 @@ def test_merge_writes_what_peft_merges(base, tmp_path):
     assert all(torch.equal(merged[n], t) for n, t in expected.items())
 
 
+def test_plan_says_what_travels_and_what_survives(base, tmp_path):
+    models.with_adapter(models.tiny_llama()).save_pretrained(tmp_path / "adapter")
+    plot = tmp_path / "survival.png"
+    done = run("plan", base, str(tmp_path / "adapter"), "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    assert "→ MergeInWorker" in done.stdout
+    assert "q_proj" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_bad_input_is_one_message_and_exit_code_2(base, tmp_path):
     done = run("merge", base, str(tmp_path / "nothing"), str(tmp_path / "out"))
     assert done.returncode == 2

@@ -7,8 +7,9 @@ import contextlib
 import secrets
 import threading
 import time
+import warnings
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from lorasync.errors import EngineClosedError, LorasyncError, PushInProgressErro
 from lorasync.push.apply import Apply, ServeAdapter, apply_message, packed_base, strategy_of
 from lorasync.push.report import SyncReport
 from lorasync.push.target import AsyncLLMTarget, Pause, Target, target_of
+from lorasync.source import MergedSource
 from lorasync.wire import (
     ADAPTER_IDS,
     INLINE_LIMIT,
@@ -36,6 +38,8 @@ from lorasync.wire import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+_VANISHING = 0.2  # about a tenth of NF4's weights are exactly zero, and keep any update
 
 Replies = dict[int, dict[str, Any]]
 ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "goodbye"]
@@ -70,6 +74,7 @@ def connect(
     pause: Pause = "keep",
     timeout: float = 600.0,
     bucket_bytes: int = 256 << 20,
+    measure_survival: bool = False,
 ) -> Sync:
     """Shake hands with a live engine and check that everything fits, before the first weight is sent.
 
@@ -84,6 +89,8 @@ def connect(
             after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
         timeout: the longest wait for any answer, in seconds.
         bucket_bytes: how many bytes of merged weights exist at a time, at most (or one tensor, if larger).
+        measure_survival: after each push, measure how much of the update is left after rounding to the served dtype, and
+            warn if next to nothing is. Takes about as long as the merge; `MergedSource` only.
 
     Raises:
         EngineNotReadyError: if the engine was started without the backend; the message shows the flag.
@@ -95,7 +102,15 @@ def connect(
         >>> report = sync.send_weights()  # doctest: +SKIP
         >>> llm.generate(prompts, **sync.request())  # doctest: +SKIP
     """
-    return Sync(source, target, apply, pause=pause, timeout=timeout, bucket_bytes=bucket_bytes)
+    return Sync(
+        source,
+        target,
+        apply,
+        pause=pause,
+        timeout=timeout,
+        bucket_bytes=bucket_bytes,
+        measure_survival=measure_survival,
+    )
 
 
 class Sync:
@@ -110,6 +125,7 @@ class Sync:
         pause: Pause,
         timeout: float,
         bucket_bytes: int,
+        measure_survival: bool,
     ) -> None:
         self.source = source
         self.apply = apply
@@ -117,6 +133,7 @@ class Sync:
         self.version = 0
         self.closed = ""
         self._bucket_bytes = bucket_bytes
+        self._measure_survival = measure_survival and isinstance(source, MergedSource)
         self._is_sender = _rank() == 0
         self._busy = threading.Lock()
         self._session = secrets.token_hex(8)
@@ -154,6 +171,8 @@ class Sync:
         try:
             with _agreed_by_all_ranks():
                 report = self._push() if self._is_sender else self._accompany()
+                if self._measure_survival:
+                    report = _with_survival(report, self.source)
             self.version = self._newest = report.version  # not before all ranks have agreed that it went well
             return report
         finally:
@@ -386,6 +405,21 @@ class Sync:
     def _next_call(self) -> int:
         self._calls += 1
         return self._calls
+
+
+def _with_survival(report: SyncReport, source: Any) -> SyncReport:
+    """Add how much of the whole update survives rounding: the modules' shares, weighted by ‖Δ‖²."""
+    found = list(source.delta_survival())
+    whole = sum(module.norm**2 for module in found)
+    kept = sum(module.kept * module.norm**2 for module in found) / whole if whole else 1.0
+    if kept >= _VANISHING:
+        return replace(report, delta_survival=kept)
+    warning = (
+        f"only {kept:.1%} of the update survives rounding to the served dtype: the engine all but serves the base. "
+        "ServeAdapter rounds nothing; MergedSource(rounding=Stochastic(seed)) keeps it on average."
+    )
+    warnings.warn(warning, stacklevel=4)
+    return replace(report, delta_survival=kept, warnings=(*report.warnings, warning))
 
 
 class _Stop:

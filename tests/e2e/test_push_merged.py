@@ -86,6 +86,22 @@ def test_a_source_that_raises_half_way_leaves_trainer_whole_and_the_engine_close
         assert greedy(llm, **sync.request()) == expected
 
 
+def test_an_update_that_vanishes_in_rounding_is_reported_and_warned_of(served):
+    policy, llm, expected = served
+    dtype = next(p.dtype for n, p in policy.named_parameters() if "norm" in n)
+    with connect(ls.MergedSource(policy), llm, measure_survival=True) as sync:
+        assert sync.send_weights().delta_survival > 0.9
+        if dtype == torch.bfloat16:  # fp32 has room for any update
+            models.move(policy, seed=0, scale=1e-5)
+            with pytest.warns(UserWarning, match="survives rounding"):
+                report = sync.send_weights()
+            assert report.delta_survival < 0.2
+            assert "ServeAdapter" in report.warnings[0]
+            models.move(policy, seed=0, scale=0.01)
+            sync.send_weights()
+        assert greedy(llm) == expected
+
+
 def test_nan_is_refused_before_anything_is_sent(served):
     policy, llm, expected = served
     factor = next(p for n, p in policy.named_parameters() if "layers.7." in n and "lora_B" in n)

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 @pytest.mark.timeout(400)
 def test_the_quickstart_learns_syncs_and_leaves_the_training_model_alone(smollm2, tmp_path):
     plot = tmp_path / "curve.png"
-    command = [sys.executable, "examples/quickstart.py", smollm2, "--steps", "3", "--plot", str(plot)]
+    command = [sys.executable, "examples/quickstart.py", smollm2, "--steps", "2", "--plot", str(plot)]
     free = {n: v for n, v in os.environ.items() if n not in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")}
     done = subprocess.run(
         command,
