@@ -57,7 +57,7 @@ def merge(
     from lorasync.export import merge_to_disk
 
     merge_to_disk(base, out, adapter=adapter)
-    _out.print(f"merged into {out}")
+    _out.print(f"merged into {out}", soft_wrap=True)
 
 
 @app.command()
@@ -85,7 +85,7 @@ def plan(
         _out.print(line, highlight=False, soft_wrap=True)
     if plot is not None:
         _draw([module.kept for module in found], plot)
-        _out.print(f"drawn: {plot}")
+        _out.print(f"drawn: {plot}", soft_wrap=True)
 
 
 def _draw(kept: list[float], path: Path) -> None:

@@ -64,7 +64,7 @@ def test_plan_says_what_travels_and_what_survives(base, tmp_path):
     done = run("plan", base, str(tmp_path / "adapter"), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     assert "→ MergeInWorker" in done.stdout
-    assert "q_proj" in done.stdout
+    assert "layers.1.self_attn.k_proj.weight" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
