@@ -81,6 +81,10 @@ class EngineNotReadyError(SyncError):
     """The target is no vLLM engine that can receive weights (often: started without the backend)."""
 
 
+class EngineDeadError(SyncError):
+    """The engine, or one of its workers, has died: start it again, `connect` again and push."""
+
+
 class EngineClosedError(SyncError):
     """A merged push died half-way: the engine refuses to generate until a push completes."""
 

@@ -7,16 +7,19 @@ Replies and errors come back as JSON files in the same folder, because vLLM's we
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -33,7 +36,10 @@ ADAPTER_IDS = 1_000_000
 """Ids of our adapters in vLLM: this plus the version. vLLM wants whole numbers from 1 on; users count from there."""
 
 Tensors = Mapping[str, torch.Tensor]
+ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "digest", "goodbye"]
+UpdateOp = Literal["bucket", "base", "abort"]
 _FOLDER_PREFIX = "lorasync-"
+_OWNER = "owner"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -51,6 +57,7 @@ _DTYPES = {
         torch.bool,
     )
 }
+_MALFORMED = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
 _SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -72,9 +79,13 @@ _SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Control:
-    """Rides `init_weight_transfer_engine`: the handshake, and the questions asked outside of an update."""
+    """Rides `init_weight_transfer_engine`: the handshake, and the questions asked outside of an update.
 
-    op: Literal["hello", "stage", "commit", "rollback", "status", "goodbye"]
+    ``expected`` is the version that the trainer believes is served (a commit is a compare-and-swap), ``in_flight``
+    the versions that unfinished requests name, ``background`` lets the worker stage while the engine generates.
+    """
+
+    op: ControlOp
     protocol: int
     lorasync: str
     session: str
@@ -83,14 +94,28 @@ class Control:
     apply: str = "{}"
     manifest: str = "[]"
     version: int = 0
+    expected: int = 0
+    in_flight: tuple[int, ...] = ()
+    background: bool = False
+    take_over: bool = False
     bucket: Any = None
+
+    def __post_init__(self) -> None:
+        _check_op(self.op, ControlOp)
+        texts = {n: getattr(self, n) for n in ("lorasync", "session", "mailbox", "apply", "manifest")}
+        _check_types(texts, str)
+        _check_types({n: getattr(self, n) for n in ("protocol", "call", "version", "expected")}, int)
+        in_flight = list(self.in_flight) if isinstance(self.in_flight, (list, tuple)) else [self.in_flight]
+        _check_types({f"in_flight[{n}]": number for n, number in enumerate(in_flight)}, int)
+        _check_types({"background": self.background, "take_over": self.take_over}, bool)
+        _check_types({} if self.bucket is None else {"bucket": self.bucket}, dict)
 
 
 @dataclass(frozen=True)
 class Update:
     """Rides `update_weights`: one bucket of tensors, or the word that the update is given up."""
 
-    op: Literal["bucket", "base", "abort"]
+    op: UpdateOp
     session: str
     version: int
     call: int
@@ -98,6 +123,27 @@ class Update:
     path: str = ""
     payload: bytes = b""
     tensors: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_op(self.op, UpdateOp)
+        _check_types({n: getattr(self, n) for n in ("session", "digest", "path")}, str)
+        _check_types({n: getattr(self, n) for n in ("version", "call")}, int)
+        _check_types({"payload": self.payload}, bytes)
+
+
+def _check_op(op: object, known: Any) -> None:
+    if op not in get_args(known):
+        raise PayloadError(
+            f"op: got {op!r}, expected one of {', '.join(get_args(known))}. Nothing was touched."
+        )
+
+
+def _check_types(values: Mapping[str, object], kind: type) -> None:
+    for name, value in values.items():
+        if type(value) is not kind:
+            raise PayloadError(
+                f"{name}: got {type(value).__name__}, expected {kind.__name__}. Nothing was touched."
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -122,9 +168,12 @@ def write_safetensors(tensors: Tensors, path: Path) -> None:
     """Write ``tensors`` (any device) as a safetensors file, each copied exactly once, straight into the file's pages.
 
     `safetensors.torch.save_file` copies every tensor to bytes first, which costs a second copy of the bucket.
+
+    Raises:
+        SyncError: if the file system has no room for it; nothing is left there.
     """
     header, data_bytes = _header(tensors)
-    with path.open("x+b") as file:
+    with _room_in(path.parent, len(header) + data_bytes), path.open("x+b") as file:
         # A sparse file promises room that /dev/shm may not have, and writing then dies of SIGBUS.
         os.posix_fallocate(file.fileno(), 0, len(header) + data_bytes)
         file.write(header)
@@ -139,11 +188,31 @@ def write_safetensors(tensors: Tensors, path: Path) -> None:
         at += size
 
 
+@contextlib.contextmanager
+def _room_in(folder: Path, needed: int) -> Iterator[None]:
+    """Say what to do where a file system is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise errors.SyncError(
+            f"{folder.parent}: got {free / 1e6:.1f} MB free, expected room for {needed / 1e6:.1f} MB of this bucket: "
+            "shared memory is full. Enlarge it (docker run --shm-size, an emptyDir of medium Memory), or send less at a "
+            "time with connect(..., bucket_bytes=…)."
+        ) from error
+
+
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Map a safetensors file; the tensors stay valid after the file is unlinked."""
+    """Map a safetensors file; the tensors stay valid after the file is unlinked.
+
+    Raises:
+        PayloadError: if it is missing, truncated or malformed; the header is checked before anything is allocated.
+    """
     try:
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except _MALFORMED as error:
         raise PayloadError(
             f"{path.name}: not a readable safetensors file ({error}); nothing was applied."
         ) from error
@@ -162,7 +231,7 @@ def unpack(payload: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         return safetensors.torch.load(payload)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except _MALFORMED as error:
         raise PayloadError(
             f"inline payload: not safetensors bytes ({error}); nothing was applied."
         ) from error
@@ -211,14 +280,23 @@ class Mailbox:
 
     Made by the trainer (mode 0700), read by workers of the same user on the same host. A worker elsewhere
     finds no folder and replies nothing: its errors still arrive as exceptions.
+
+    The trainer holds a lock on the file ``owner`` (its process id is in it) for as long as it lives; the kernel lets
+    go of it however the trainer dies. So the folder of a dead one is told from that of a live one, in any container.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: int | None = None) -> None:
         self.folder = folder
+        self._owner = owner
 
     @classmethod
     def create(cls) -> Mailbox:
-        return cls(Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=shared_memory_root())))
+        """A new folder; those that dead trainers of this user have left are removed first."""
+        sweep()
+        root = shared_memory_root()
+        with _room_in(root / _OWNER, 0):
+            folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=root))
+            return cls(folder, _own(folder))
 
     @classmethod
     def open(cls, folder: str) -> Mailbox | None:
@@ -248,7 +326,7 @@ class Mailbox:
 
     def payload(self, name: str) -> Path:
         """A payload file by its name alone: no path from the wire leads anywhere else."""
-        if Path(name).name != name:
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise PayloadError(f"payload: got the path {name!r}, expected a file name. Nothing was applied.")
         return self.folder / name
 
@@ -268,6 +346,40 @@ class Mailbox:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._owner is not None:
+            os.close(self._owner)
+            self._owner = None
+
+
+def sweep() -> list[Path]:
+    """Remove the folders in shared memory that dead trainers of this user have left; those of live ones stay."""
+    removed = []
+    for folder in sorted(shared_memory_root().glob(f"{_FOLDER_PREFIX}*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or locked: not ours to remove
+            if folder.lstat().st_uid == os.getuid() and not folder.is_symlink() and _is_orphan(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+    return removed
+
+
+def _own(folder: Path) -> int:
+    """Lock the folder for this process; it is locked before it has the name that `sweep` looks at."""
+    half = folder / f"{_OWNER}.part"
+    descriptor = os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    half.rename(folder / _OWNER)
+    return descriptor
+
+
+def _is_orphan(folder: Path) -> bool:
+    """Whether nobody holds the lock any more. A folder without an owner file is left alone."""
+    descriptor = os.open(folder / _OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def shared_memory_root() -> Path:
@@ -312,5 +424,5 @@ def manifest_from_text(text: str) -> list[tuple[str, torch.dtype, tuple[int, ...
             (str(name), dtype_of(dtype), tuple(int(n) for n in shape))
             for name, dtype, shape in json.loads(text)
         ]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise PayloadError(f"manifest: malformed ({error}). Nothing was touched.") from error

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +120,61 @@ def test_a_worker_s_error_arrives_as_the_same_error():
 def test_a_malformed_manifest_is_refused(text):
     with pytest.raises(PayloadError):
         wire.manifest_from_text(text)
+
+
+_DIE = """
+import os
+from lorasync.wire import Mailbox
+print(Mailbox.create().folder, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_folders_of_dead_trainers_are_swept_those_of_live_ones_stay_and_the_lock_ends_with_the_folder():
+    handles = len(list(Path("/proc/self/fd").iterdir()))
+    unowned = Path(tempfile.mkdtemp(prefix="lorasync-", dir=wire.shared_memory_root()))
+    live = wire.Mailbox.create()
+    left = Path(subprocess.run([sys.executable, "-c", _DIE], capture_output=True, text=True).stdout.strip())
+    assert live.folder != left
+    box = wire.Mailbox.create()
+    try:
+        assert (box.folder / "owner").read_text() == f"{os.getpid()}\n"
+        assert not left.exists()
+        assert live.folder.exists()
+        assert unowned.exists()  # who made it, and whether they live, is not known
+    finally:
+        live.remove()
+        box.remove()
+        unowned.rmdir()
+    assert len(list(Path("/proc/self/fd").iterdir())) == handles
+
+
+GOOD_CONTROL = {"op": "hello", "protocol": 1, "lorasync": "0", "session": "s", "call": 1, "mailbox": ""}
+GOOD_UPDATE = {"op": "bucket", "session": "s", "version": 1, "call": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "change"),
+    [
+        (wire.Control, GOOD_CONTROL, {"op": "erase"}),
+        (wire.Control, GOOD_CONTROL, {"call": "1"}),
+        (wire.Control, GOOD_CONTROL, {"call": True}),
+        (wire.Control, GOOD_CONTROL, {"mailbox": None}),
+        (wire.Control, GOOD_CONTROL, {"bucket": b"x"}),
+        (wire.Control, GOOD_CONTROL, {"in_flight": "x"}),
+        (wire.Update, GOOD_UPDATE, {"op": "hello"}),
+        (wire.Update, GOOD_UPDATE, {"payload": "text"}),
+        (wire.Update, GOOD_UPDATE, {"path": b"x"}),
+        (wire.Update, GOOD_UPDATE, {"version": 1.5}),
+    ],
+)
+def test_a_message_with_a_field_of_the_wrong_type_is_refused_by_name(kind, good, change):
+    kind(**good)
+    with pytest.raises(PayloadError, match=next(iter(change))):
+        kind(**{**good, **change})
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc/passwd", "x\0y"])
+def test_no_payload_name_leads_out_of_the_folder(name):
+    with pytest.raises(PayloadError, match="file name"):
+        wire.Mailbox(Path("/dev/shm/lorasync-x")).payload(name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import inspect
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from lorasync.errors import EngineNotReadyError, SyncError, SyncTimeoutError
+from lorasync.errors import EngineDeadError, EngineNotReadyError, SyncError, SyncTimeoutError
 from lorasync.plugin import BACKEND
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ class LLMTarget:
     def _call(self, call: Callable[[], Any], what: str) -> Any:
         if self._core_is_here:
             return call()
-        return call_with_limit(call, self._timeout, f"{what}: the vLLM engine core")
+        core = self._llm.llm_engine.engine_core
+        who = f"{what}: the vLLM engine core"
+        return call_with_limit(call, self._timeout, who, died=lambda: _death_of(core))
 
 
 class CallsTarget:
@@ -219,14 +221,14 @@ class AsyncLLMTarget:
                 "sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)."
             )
         waiting = asyncio.run_coroutine_threadsafe(make(), self._loop)
+        core = self._engine.engine_core
         try:
-            return waiting.result(self._timeout)
-        except concurrent.futures.TimeoutError:
+            return call_with_limit(
+                waiting.result, self._timeout, "The AsyncLLM", died=lambda: _death_of(core)
+            )
+        except (SyncTimeoutError, EngineDeadError):
             waiting.cancel()
-            raise SyncTimeoutError(
-                f"The AsyncLLM did not answer within {self._timeout:g} s. Is it busy, hung or dead? "
-                "connect(..., timeout=…) sets the limit."
-            ) from None
+            raise
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -236,11 +238,41 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def call_with_limit(call: Callable[[], Any], seconds: float, who: str) -> Any:
+def _death_of(core: Any) -> str:
+    """Which process of an engine has died, as its client knows; empty while all live."""
+    resources = getattr(core, "resources", None)
+    manager = getattr(resources, "engine_manager", None)
+    try:
+        finished: dict[str, Any] = manager.finished_procs() if manager is not None else {}
+    except ValueError:  # closed already, by the client's own clean-up
+        finished = {}
+    named = [f"{name} (exit code {code})" for name, code in finished.items()]
+    if not named and not getattr(resources, "engine_dead", False):
+        return ""
+    return ", ".join(named) or getattr(manager, "failed_proc_name", None) or "its engine core or a worker"
+
+
+def _dead(who: str, death: str) -> EngineDeadError:
+    return EngineDeadError(
+        f"{who} died: {death or 'its engine core or a worker'} is gone (its own log says why). Nothing is served any "
+        "more. Restart the engine, connect() again and push: the training model is as it was."
+    )
+
+
+def call_with_limit(
+    call: Callable[[], Any], seconds: float, who: str, *, died: Callable[[], str] = str
+) -> Any:
     """Run a call that waits for another process, in a thread of its own, for so long at most.
+
+    Args:
+        call: what to run.
+        seconds: the limit.
+        who: whom it waits for.
+        died: says which process is dead; asked once a second, as vLLM's calls wait for a dead engine for ever.
 
     Raises:
         SyncTimeoutError: naming who did not answer. The call goes on in its thread; its outcome is dropped.
+        EngineDeadError: naming who died.
     """
     outcome: list[tuple[bool, Any]] = []
 
@@ -252,12 +284,20 @@ def call_with_limit(call: Callable[[], Any], seconds: float, who: str) -> Any:
 
     thread = threading.Thread(target=run, name="lorasync-call", daemon=True)
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while not outcome and time.monotonic() < deadline:
+        thread.join(min(1.0, seconds))
+        if not outcome and died():
+            thread.join(1.0)  # an answer may be on its way
+            if not outcome:
+                raise _dead(who, died())
     if not outcome:
         raise SyncTimeoutError(
             f"{who} did not answer within {seconds:g} s. Is it busy, hung or dead? connect(..., timeout=…) sets the limit."
         )
     succeeded, value = outcome[0]
+    if not succeeded and type(value).__name__ == "EngineDeadError":  # vLLM's
+        raise _dead(who, died()) from value
     if not succeeded:
         raise value
     return value
