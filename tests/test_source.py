@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch import nn
 
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError, UnmergeableError
 from lorasync.merge import Stochastic
-from lorasync.source import MergedSource, unwrap
+from lorasync.source import FactorSource, MergedSource, unwrap
 from lorasync.source.base import packing, read
 from tests.tiny import adapt, build, fill, same_bits, snapshot, unchanged
 
@@ -210,6 +213,7 @@ def test_an_adapter_of_any_name_and_the_saved_modules_of_the_right_one() -> None
 
 T = ["lin0", "lin1"]
 METHODS: dict[str, Any] = {
+    "adamss": lambda: peft.AdamssConfig(target_modules=T, r=4, num_subspaces=2),
     "adalora": lambda: peft.AdaLoraConfig(target_modules=T, total_step=10, init_r=4),
     "loha": lambda: peft.LoHaConfig(target_modules=T, r=4),
     "lokr": lambda: peft.LoKrConfig(target_modules=T, r=4),
@@ -264,6 +268,19 @@ def mlp(dtype: torch.dtype, config: Any) -> Any:
         return fill(get_peft_model(Mlp().to(dtype), config)).eval()
 
 
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdaMSS groups its directions with scikit-learn's KMeans when it starts; any grouping will do."""
+    fake: Any = ModuleType("sklearn")
+    fake.cluster = cluster = ModuleType("sklearn.cluster")
+    cluster.KMeans = lambda n_clusters, **_: SimpleNamespace(
+        fit_predict=lambda x: np.arange(len(x)) % n_clusters
+    )
+    monkeypatch.setitem(sys.modules, "sklearn", fake)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", cluster)
+
+
+@pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_other_method_of_peft_merges_on_a_copy(method: str, dtype: torch.dtype) -> None:
@@ -314,11 +331,63 @@ def test_replicated_layers_are_refused() -> None:
         MergedSource(model)
 
 
-def test_prompt_learning_is_refused_with_the_alternative() -> None:
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = get_peft_model(build("llama"), config)
-    with pytest.raises(UnmergeableError, match="PROMPT_TUNING"):
+CAUSAL = {"task_type": "CAUSAL_LM"}
+VIRTUAL = {**CAUSAL, "num_virtual_tokens": 4}
+NO_WEIGHTS: dict[str, Any] = {
+    "prompt_tuning": lambda: peft.PromptTuningConfig(**VIRTUAL),
+    "multitask_prompt_tuning": lambda: peft.MultitaskPromptTuningConfig(num_tasks=2, **VIRTUAL),
+    "p_tuning": lambda: peft.PromptEncoderConfig(**VIRTUAL),
+    "prefix_tuning": lambda: peft.PrefixTuningConfig(**VIRTUAL),
+    "cartridge": lambda: peft.CartridgeConfig(**VIRTUAL),
+    "cpt": lambda: peft.CPTConfig(
+        cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], **CAUSAL
+    ),
+    "adaption_prompt": lambda: peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, **CAUSAL),
+    "poly": lambda: peft.PolyConfig(r=2, target_modules=["q_proj"]),
+    "shadow": lambda: peft.ShadowConfig(r=2, shadow_num_hidden_layers=1, **CAUSAL),
+}
+
+
+@pytest.mark.parametrize("kind", list(NO_WEIGHTS))
+def test_what_acts_on_activations_is_refused_with_the_alternative(kind: str) -> None:
+    model = get_peft_model(build("llama"), NO_WEIGHTS[kind]())
+    with pytest.raises(UnmergeableError, match=f"{kind.upper()}.*serve it with PEFT"):
         MergedSource(model)
+
+
+def test_an_adapter_of_a_whole_block_is_refused_where_its_kind_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorasync.source.model._ON_ACTIVATIONS", set())
+    with pytest.raises(UnmergeableError, match=r"model\.layers\.0: .*ShadowLayer.*whole block"):
+        MergedSource(get_peft_model(build("llama"), NO_WEIGHTS["shadow"]()))
+
+
+@pytest.mark.usefixtures("clusters")
+def test_every_kind_of_adapter_that_peft_has_is_merged_or_refused_here() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {make().peft_type.value for make in [*METHODS.values(), *NO_WEIGHTS.values()]}
+    elsewhere = {"LORA", "LILY", "TRAINABLE_TOKENS"}  # above and below
+    elsewhere |= {"XLORA"}  # needs trained adapters on disk to be built; refused by the same line as POLY
+    assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} == known | elsewhere
+
+
+def test_trained_tokens_alone() -> None:
+    config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 4])
+    model = fill(get_peft_model(build("llama"), config))
+    changed = (
+        check_against_peft(model)["model.embed_tokens.weight"] != build("llama").model.embed_tokens.weight
+    )
+    assert changed.any(dim=1).nonzero().flatten().tolist() == [1, 4]
+
+
+def test_a_mixed_model() -> None:
+    model: Any = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]), "one", mixed=True)
+    assert {name.split(".")[2] for name, _ in FactorSource(model)} == {"model"}
+    model.add_adapter("two", peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter(["one", "two"])
+    check_against_peft(fill(model))
 
 
 # --- quantized bases ----------------------------------------------------------------------------------------

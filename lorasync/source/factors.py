@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 
 from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
 from lorasync.merge import LowRank
@@ -279,7 +279,7 @@ class FactorSource:
             picked: dict[str, Tensor] = get_peft_model_state_dict(
                 self.model, state_dict=held, adapter_name=self._adapter(), save_embedding_layers=False
             )
-        prefix = "" if isinstance(self.model, PeftModel) else "base_model.model."
+        prefix = "" if isinstance(self.model, PeftModel | PeftMixedModel) else "base_model.model."
         return {prefix + name: tensor for name, tensor in picked.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -19,6 +19,8 @@ Adapters = tuple[str, ...] | None
 
 
 _ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+# PEFT's kinds, beside prompt learning, that no weights stand for.
+_ON_ACTIVATIONS = {"ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"}
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -45,7 +47,7 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def _inner(model: Any) -> Any:
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel | PeftMixedModel):
         return None
     held = (
         model.__dict__.get("_modules", {}) if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
@@ -62,10 +64,10 @@ def _is_engine(model: Any) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """Return the base model with the adapter layers in it (a PreTrainedModel, usually)."""
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel | PeftMixedModel):
         return model
     inner = model.base_model
-    base: nn.Module = inner if model._is_prompt_learning else inner.model
+    base: nn.Module = inner if getattr(model, "_is_prompt_learning", False) else inner.model
     return base
 
 
@@ -109,7 +111,7 @@ def _refuse_states(layers: list[tuple[str, Any]]) -> None:
 def _refuse_kinds(model: nn.Module) -> None:
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if config.is_prompt_learning or kind in {"ADAPTION_PROMPT", "XLORA", "POLY"}:
+        if config.is_prompt_learning or kind in _ON_ACTIVATIONS:
             raise UnmergeableError(
                 f"adapter {name!r}: got {kind}, expected a method that changes weights. It acts on "
                 "activations, so no weights stand for it: serve it with PEFT, or train LoRA instead."

@@ -157,8 +157,10 @@ class _Walk:
     def _tuner(self, layer: BaseTunerLayer, prefix: str, *, twice: bool = False) -> Iterator[Slot]:
         chain, inner = layers.chain_of(layer)
         merged = [(each, name) for each in chain for name in layers.active(each, self.adapters)]
+        bare = next(tensors_of(inner), None) is None
         for each, name in merged:
-            layers.refuse(each, name, prefix.removesuffix("."))
+            reason = "it acts on a whole block, which has no weight of its own" if bare else None
+            layers.refuse(each, name, prefix.removesuffix("."), reason)
         yield from self._own(inner, prefix, merged, twice=twice)
         if isinstance(inner, nn.MultiheadAttention):
             yield from self._tuner(cast("Any", inner.out_proj), f"{prefix}out_proj.", twice=True)
