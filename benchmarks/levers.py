@@ -2,9 +2,11 @@
 
 Every row is a QLoRA run of its own (ZeRO-2, one rank), beside the first row, the preset as it is. Memory is what
 the device had allocated at the peak (`torch.cuda.max_memory_allocated`; on a CPU the most bytes of tensors alive at
-once), next to `estimate_memory`'s answer. docs/presets.md shows the result files.
+once), next to `estimate_memory`'s answer. Seconds on a CPU are those of its one thread, whatever else the machine does.
+docs/presets.md shows the result files.
 
     python benchmarks/levers.py MODEL                a model directory, on this machine's CPU or first GPU
+    python benchmarks/levers.py MODEL --precision fp32 --tokens 128    where a CPU computes bf16 slowly
     python benchmarks/levers.py --random 16 2048     a random Llama of 16 layers, width 2048
 """
 
@@ -29,7 +31,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests" / "e2e")]  # instead of this folde
 
 LEVERS: dict[str, dict[str, Any]] = {
     "the preset, fp32": {"precision": "fp32"},
-    "the preset": {},
+    "the preset": {"precision": "bf16"},
     "micro-batch 4": {"micro_batch": 4},
     "global batch 4 of micro-batch 1": {"global_batch": 4},
     "no gradient checkpointing": {"gradient_checkpointing": False},
@@ -45,15 +47,17 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--random", nargs=2, type=int, metavar=("LAYERS", "WIDTH"))
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--precision", default="bf16", help="of the last four rows")
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print("RESULT " + json.dumps(measure(arguments.model, LEVERS[arguments.one], arguments.tokens)))
+        lever = {"precision": arguments.precision, **LEVERS[arguments.one]}
+        print("RESULT " + json.dumps(measure(arguments.model, lever, arguments.tokens)))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model if arguments.random is None else make_random(Path(folder), *arguments.random)
-        rows = {name: run(model, name, arguments.tokens) for name in LEVERS}
+        rows = {name: run(model, name, arguments) for name in LEVERS}
     name = (
         Path(arguments.model).name
         if arguments.random is None
@@ -62,7 +66,7 @@ def main() -> None:
     report(name, rows, arguments)
 
 
-def run(model: str, lever: str, tokens: int) -> dict[str, Any]:
+def run(model: str, lever: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own, so that peaks don't mix."""
     ranks = {
         "RANK": "0",
@@ -71,7 +75,8 @@ def run(model: str, lever: str, tokens: int) -> dict[str, Any]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    command = [sys.executable, __file__, model, "--one", lever, "--tokens", str(tokens)]
+    options = ["--tokens", str(arguments.tokens), "--precision", arguments.precision]
+    command = [sys.executable, __file__, model, "--one", lever, *options]
     done = subprocess.run(command, env={**os.environ, **ranks}, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
@@ -137,14 +142,15 @@ def step(engine: Any, micro: int, tokens: int) -> float:
     """One optimizer step, accumulation included."""
     import torch
 
-    started = time.perf_counter()
+    clock = time.perf_counter if engine.device.type == "cuda" else time.process_time
+    started = clock()
     for _ in range(engine.gradient_accumulation_steps()):
         ids = torch.randint(3, 1000, (micro, tokens), device=engine.device)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def make_random(folder: Path, layers: int, width: int) -> str:
@@ -173,7 +179,7 @@ def report(model: str, rows: dict[str, Any], arguments: argparse.Namespace) -> N
     found = {
         "command": "python benchmarks/levers.py " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": torch.cuda.get_device_name() if cuda else f"{cpu}, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name() if cuda else f"{cpu}, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s)",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "model": model,

@@ -30,7 +30,7 @@ class MemoryEstimate:
         weights: the base model, or this rank's shard of it.
         adapter: the adapter's parameters, likewise.
         optimizer: Adam's moments and fp32 copies of what is trained.
-        step: the most that activations, gradients and communication buffers need together.
+        step: the most that a forward and backward pass, or the optimizer's step after it, needs besides.
         host: what optimizer offload moves to the host.
     """
 
@@ -73,14 +73,17 @@ def estimate_memory(
     largest = _largest_packed(plain) * preset.dtype.itemsize if preset.quantization else 0
     layer = _largest_layer(plain) * (0.5 if preset.quantization else preset.dtype.itemsize)
     adapter, step = _dry_run(plain, preset, world_size, sequence_length)
-    states = _states(adapter, preset) // (world_size if preset.stage else 1)
+    shards = world_size if preset.stage else 1
+    states = _states(adapter, preset) // shards
     whole = preset.stage < 3
     offloaded = preset.optimizer_offload != "none"
     return MemoryEstimate(
         weights=base if whole or _keeps_copy(preset) else base // world_size + int(layer),
         adapter=adapter * preset.dtype.itemsize // (1 if whole else world_size),
         optimizer=0 if offloaded else states,
-        step=step + largest,
+        step=max(
+            step + largest + _kept(adapter, preset, world_size) // shards, _update(adapter, preset) // shards
+        ),
         host=states if offloaded else 0,
     )
 
@@ -88,6 +91,20 @@ def estimate_memory(
 def _states(adapter: int, preset: TrainPreset) -> int:
     """Adam's two moments, and the fp32 copy that every ZeRO stage above 0 trains on, also in fp32."""
     return adapter * (12 if preset.stage else 8)
+
+
+def _update(adapter: int, preset: TrainPreset) -> int:
+    """Gradients, the flat copy of them, that in fp32, and Adam's denominator, while the optimizer steps."""
+    if preset.optimizer_offload != "none":
+        return 0
+    width = preset.dtype.itemsize
+    return adapter * (2 * width + (4 if width < 4 else 0) + 4)
+
+
+def _kept(adapter: int, preset: TrainPreset, world_size: int) -> int:
+    """Gradients of earlier micro-batches, which wait while the next one's are made."""
+    accumulates = preset.global_batch is not None and preset.global_batch > preset.micro_batch * world_size
+    return adapter * preset.dtype.itemsize if accumulates else 0
 
 
 def _keeps_copy(preset: TrainPreset) -> bool:
@@ -182,7 +199,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _storage(tensor) not in inputs:
+            # DeepSpeed keeps shapes as tensors on meta; a fake tensor names the device that it stands for.
+            real = isinstance(tensor, Tensor) and tensor.device.type != "meta"
+            if real and _storage(tensor) not in inputs:
                 self._note(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return result
