@@ -179,7 +179,9 @@ def report(model: str, rows: dict[str, Any], arguments: argparse.Namespace) -> N
     found = {
         "command": "python benchmarks/levers.py " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": torch.cuda.get_device_name() if cuda else f"{cpu}, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s)",
+        "hardware": torch.cuda.get_device_name()
+        if cuda
+        else f"{cpu}, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s)",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "model": model,
