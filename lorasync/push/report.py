@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorasync.wire import digest_of_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,57 @@ class SyncReport:
         if self.delta_survival is not None:
             parts.append(f"{self.delta_survival:.1%} of the update survives rounding")
         return " · ".join([*parts, *self.warnings])
+
+
+class Totals:
+    """What adds up over the buckets of one push."""
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+        self.tensors = self.bytes = 0
+        self.source = self.sending = self.apply = 0.0
+        self.digests: list[str] = []
+
+    def count(self, tensor: torch.Tensor) -> None:
+        self.tensors += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
+    def add(
+        self, bucket: Mapping[str, torch.Tensor], bucket_digest: str, applying: float, sending: float
+    ) -> None:
+        for tensor in bucket.values():
+            self.count(tensor)
+        if bucket_digest:
+            self.digests.append(bucket_digest)
+        self.apply += applying
+        self.sending += sending
+
+    def report(self, version: int, ranks: int, total: float, stall: float | None = None) -> SyncReport:
+        seconds = {
+            "source": self.source,
+            "wire": max(self.sending - self.apply, 0.0),
+            "apply": self.apply,
+            "total": total,
+        }
+        return SyncReport(
+            version=version,
+            strategy=self.strategy,
+            tensors=self.tensors,
+            bytes=self.bytes,
+            seconds=seconds,
+            digest=digest_of_text("".join(self.digests)) if self.digests else "",
+            ranks=ranks,
+            stall_seconds=stall,
+        )
+
+
+def timed(source: Iterable[tuple[str, torch.Tensor]], totals: Totals) -> Iterator[tuple[str, torch.Tensor]]:
+    """The source's stream, with the time that it takes itself added to ``totals``."""
+    stream = iter(source)
+    while True:
+        began = time.perf_counter()
+        item = next(stream, None)
+        totals.source += time.perf_counter() - began
+        if item is None:
+            return
+        yield item

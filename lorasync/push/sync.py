@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import threading
 import time
 import warnings
-import weakref
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from lorasync import __version__
-from lorasync.errors import EngineClosedError, LorasyncError, PushInProgressError, SyncError
-from lorasync.push.apply import Apply, ServeAdapter, apply_message, packed_base, strategy_of
-from lorasync.push.report import SyncReport
-from lorasync.push.target import AsyncLLMTarget, Pause, Target, target_of
-from lorasync.source import MergedSource
-from lorasync.wire import (
-    ADAPTER_IDS,
-    INLINE_LIMIT,
-    PROTOCOL,
-    Control,
-    Mailbox,
-    Update,
-    digest,
-    digest_of_text,
-    error_from_dict,
-    manifest_as_text,
-    nbytes,
-    pack,
-    write_safetensors,
+from lorasync.errors import EngineClosedError, EngineNotReadyError, PushInProgressError, SyncError
+from lorasync.push.apply import (
+    Apply,
+    ServeAdapter,
+    apply_message,
+    check_scalings,
+    packed_base,
+    scalings,
+    strategy_of,
 )
+from lorasync.push.payload import buckets
+from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
+from lorasync.push.replicas import Replicas, named_targets
+from lorasync.push.report import SyncReport, Totals, timed
+from lorasync.source import MergedSource
+from lorasync.wire import ADAPTER_IDS, manifest_as_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from lorasync.push.target import Pause
 
 _VANISHING = 0.2  # about a tenth of NF4's weights are exactly zero, and keep any update
-
-Replies = dict[int, dict[str, Any]]
-ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "goodbye"]
 
 
 class Meta(Protocol):
@@ -76,7 +68,7 @@ def connect(
     bucket_bytes: int = 256 << 20,
     measure_survival: bool = False,
 ) -> Sync:
-    """Shake hands with a live engine and check that everything fits, before the first weight is sent.
+    """Shake hands with one or more live engines and check that everything fits, before the first weight is sent.
 
     Every trainer rank calls it; rank 0 talks to the engine.
 
@@ -84,6 +76,7 @@ def connect(
         source: what travels; a `MergedSource`, or a `FactorSource` with an ``apply``.
         target: a `vllm.LLM` or an `AsyncLLM` started with ``weight_transfer_config={"backend": "lorasync"}``, or any
             object with vLLM's four weight-sync calls. With an `AsyncLLM` call from another thread than its loop's.
+            Several engines (replicas) in a list, or in a dict with names for errors to use: all take a push, or none.
         apply: what the workers do with factors: `ServeAdapter` or `MergeInWorker`.
         pause: what happens to requests in flight on an `AsyncLLM` while weights change: ``"keep"`` them and go on
             after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
@@ -114,7 +107,13 @@ def connect(
 
 
 class Sync:
-    """A connection between one source and one engine; made by `connect`."""
+    """A connection between one source and one or more engines; made by `connect`.
+
+    Attributes:
+        source: what travels; may be replaced by another one with the same metadata.
+        apply: what the workers do with factors.
+        version: what the engines serve; 0 before the first push.
+    """
 
     def __init__(
         self,
@@ -129,48 +128,54 @@ class Sync:
     ) -> None:
         self.source = source
         self.apply = apply
-        self._newest = 0  # counts up, also after a rollback
         self.version = 0
-        self.closed = ""
+        self._newest = 0  # counts up, also after a rollback
         self._bucket_bytes = bucket_bytes
         self._measure_survival = measure_survival and isinstance(source, MergedSource)
-        self._is_sender = _rank() == 0
         self._busy = threading.Lock()
-        self._session = secrets.token_hex(8)
-        self._mailbox: Mailbox | None = None
-        self._calls = 0
-        self._ranks = 0
-        with _agreed_by_all_ranks():
+        self._scalings = scalings(source)
+        self._engines: Replicas | None = None  # on the rank that sends
+        with agreed_by_all_ranks():
             manifest, message = source.metadata(), apply_message(apply, source)
-            if self._is_sender:
-                self._target: Target = target_of(target, timeout=timeout, pause=pause)
-                self._mailbox = Mailbox.create()
-                weakref.finalize(self, self._mailbox.remove)
-                self._shake_hands(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
-        self.version = self._newest = _largest_of_all_ranks(
-            self.version
-        )  # only the sender has asked the engine
-        with _agreed_by_all_ranks():
+            if rank() == 0:
+                self._engines = Replicas(named_targets(target), timeout=timeout, pause=pause)
+                self._engines.hello(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
+                self._check_room()
+        found = self._engines.version if self._engines else 0
+        self.version = self._newest = largest_of_all_ranks(found)  # only the sender has asked the engines
+        with agreed_by_all_ranks():
             self._send_base()
 
-    def send_weights(self) -> SyncReport:
-        """Push the policy as it is now; when it returns, the engine serves exactly that.
+    @property
+    def closed(self) -> str:
+        """Why the engines must not generate; empty if they may."""
+        return self._engines.closed if self._engines else ""
 
-        Every trainer rank calls it, at the same point. On error the training model is as it was; what the engine
-        serves then is said in the error, and calling again is always safe.
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The names of the engines that are pushed to; empty on a trainer rank that does not send."""
+        return tuple(session.name for session in self._engines.sessions) if self._engines else ()
+
+    def send_weights(self) -> SyncReport:
+        """Push the policy as it is now; when it returns, every engine serves exactly that.
+
+        Every trainer rank calls it, at the same point. On error the training model is as it was; what the engines
+        serve then is said in the error, and calling again is always safe.
 
         Raises:
             PushInProgressError: if another push on this connection is under way; that one is unaffected.
             NonFiniteError: if the adapter holds NaN or Inf; nothing was sent.
-            SyncError: if the engine refused, died or did not answer.
+            StaleVersionError: if another trainer has pushed to the engine meanwhile.
+            SyncError: if an engine refused, died or did not answer; with several engines the error names it.
         """
         if not self._busy.acquire(blocking=False):
             raise PushInProgressError(
                 "A push on this connection is under way; it is unaffected. Wait for it."
             )
         try:
-            with _agreed_by_all_ranks():
-                report = self._push() if self._is_sender else self._accompany()
+            with agreed_by_all_ranks():
+                check_scalings(self._scalings, scalings(self.source))
+                report = self._push(self._engines) if self._engines else self._accompany()
                 if self._measure_survival:
                     report = _with_survival(report, self.source)
             self.version = self._newest = report.version  # not before all ranks have agreed that it went well
@@ -190,14 +195,19 @@ class Sync:
         Raises:
             SyncError: if there is no version before, or merged weights were pushed: they replace the old ones.
         """
-        with _agreed_by_all_ranks():
-            if self._is_sender:
-                self._control("rollback", version=self.version - 1)
-                self._target.reset_prefix_cache()
+        with agreed_by_all_ranks():
+            if self._engines:
+                with _stoppable(self._engines) as stop:
+                    if not self._stages_only:
+                        stop.begin()
+                    self._engines.each(lambda session: session.rollback(self.version - 1))
+                    self._engines.each(lambda session: session.target.reset_prefix_cache())
         self.version -= 1
 
     def request(self) -> dict[str, Any]:
         """What `generate` needs beyond the prompts to be answered by the version pushed last.
+
+        Take it anew for every request: a version stays as long as requests in flight name it, not longer.
 
         Raises:
             EngineClosedError: if a push died half-way and none has completed since.
@@ -215,14 +225,40 @@ class Sync:
         path = f"lorasync://{self.apply.name}/{self.version}"  # part of the prefix cache's key; never opened
         return {"lora_request": LoRARequest(name, ADAPTER_IDS + self.version, path)}
 
+    def digests(self) -> dict[str, dict[int, str]]:
+        """What every worker serves, as xxh3-128 over its live parameters: engine name → worker rank → digest.
+
+        Two engines with equal digests hold the same weights bit for bit, whichever way these came. Rank 0 asks; other
+        trainer ranks get an empty dict.
+
+        Raises:
+            SyncError: if weights can't be read (packed for the CPU in a layout of its own), naming one.
+        """
+        if not self._engines:
+            return {}
+        return {
+            session.name: {worker: str(reply["digest"]) for worker, reply in session.digests().items()}
+            for session in self._engines.sessions
+        }
+
+    def leave_out(self, engine: str) -> None:
+        """Go on without this engine, a dead one for instance. Every trainer rank calls it.
+
+        Args:
+            engine: one of `engines`, as errors name it.
+
+        Raises:
+            SyncError: if there is none of that name, or it is the last one.
+        """
+        with agreed_by_all_ranks():
+            if self._engines:
+                self._engines.leave_out(engine)
+
     def shutdown(self) -> None:
-        """Say goodbye to the engine, which keeps serving, and remove the shared-memory folder."""
-        if self._mailbox is None:
-            return
-        with contextlib.suppress(LorasyncError):
-            self._control("goodbye")
-        self._mailbox.remove()
-        self._mailbox = None
+        """Say goodbye to the engines, which keep serving, and remove the shared-memory folders."""
+        if self._engines is not None:
+            self._engines.goodbye()
+            self._engines = None
 
     def __enter__(self) -> Sync:
         return self
@@ -232,37 +268,41 @@ class Sync:
 
     # ------------------------------------------------------------------------------------- a push
 
-    def _push(self) -> SyncReport:
+    def _push(self, engines: Replicas) -> SyncReport:
         began = time.perf_counter()
         version = self._newest + 1
-        totals = _Totals(strategy_of(self.apply))
-        stop = _Stop(self._target)
-        try:
+        totals = Totals(strategy_of(self.apply))
+        with _stoppable(engines) as stop:
             if self.apply is None:
                 stop.begin()  # merged weights are live as they come
-            if not self._stages_only:
-                self._answered(self._target.start, call=0)
-            self._transfer(version, totals, stop)
+                engines.each(lambda session: session.start())
+            self._transfer(engines, version, totals, stop)
             committing = time.perf_counter()
-            self._commit(version)
+            blocked = engines.commit(version)
             totals.apply += time.perf_counter() - committing
             if not self._stages_only:
-                self._target.reset_prefix_cache()
-        finally:
-            if not self.closed:  # an engine that is closed stays stopped until a push completes
-                stop.end()
-        return totals.report(version, self._ranks, time.perf_counter() - began, stop.seconds)
+                engines.each(lambda session: session.target.reset_prefix_cache())
+        if self._stages_only and engines.generates_meanwhile:
+            stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
+        return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
-    def _transfer(self, version: int, totals: _Totals, stop: _Stop) -> None:
-        stream = _timed(self.source, totals)
+    def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: _Stop) -> None:
+        stream = timed(self.source, totals)
+        beside = self.apply is not None
         try:
-            for bucket in _buckets(stream, self._bucket_bytes):
-                self._send(bucket, version, totals)
-            if not self._stages_only:
+            for bucket in buckets(stream, self._bucket_bytes):
+                sending = time.perf_counter()
+                digest, applying = engines.send(bucket, version, beside=beside)
+                totals.add(bucket, digest, applying, time.perf_counter() - sending)
+            if self._stages_only:
+                engines.each(lambda session: session.wait_for_room())
+                return
+            if beside:
                 stop.begin()  # factors were staged beside what is served until now
-                self._target.finish(str(version))
+                engines.each(lambda session: session.start())
+            engines.each(lambda session: session.finish(version))
         except BaseException as error:
-            self._abort(version, error)
+            engines.abort(version, error, beside=beside)
             for _ in stream:  # the other trainer ranks are in its collectives
                 pass
             raise
@@ -274,137 +314,26 @@ class Sync:
 
     def _send_base(self) -> None:
         """Once: the packed 4-bit weights that the workers merge from. Every rank takes part in reading them."""
-        stream = packed_base(self.apply, self.source)
-        for bucket in _buckets(stream, self._bucket_bytes):
-            if self._is_sender:
-                self._send(bucket, self.version, _Totals(""), op="base")
+        for bucket in buckets(packed_base(self.apply, self.source), self._bucket_bytes):
+            if self._engines:
+                self._engines.send(bucket, self.version, op="base", beside=True)
 
-    def _send(
-        self,
-        bucket: dict[str, torch.Tensor],
-        version: int,
-        totals: _Totals,
-        *,
-        op: Literal["bucket", "base"] = "bucket",
-    ) -> None:
-        began = time.perf_counter()
-        call = self._next_call()
-        fields: dict[str, Any] = {"op": op, "session": self._session, "version": version, "call": call}
-        with self._as_payload(bucket) as payload:
-            update = Update(**fields, **payload)
-            if self._stages_only or op == "base":
-                replies = self._control("stage", bucket=_wire_dict(update), call=call)
-            else:
-                replies = self._answered(lambda: self._target.update(_wire_dict(update)), call=call)
-        totals.add(bucket, update.digest, _slowest(replies), time.perf_counter() - began)
-
-    @contextlib.contextmanager
-    def _as_payload(self, bucket: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
-        """The bucket as it travels: as it is inside one process, inline if small, else as a shared-memory file."""
-        assert self._mailbox is not None
-        if self._target.in_process:
-            yield {"tensors": bucket}
-        elif nbytes(bucket) <= INLINE_LIMIT:
-            yield {"payload": pack(bucket), "digest": digest(bucket)}
-        else:
-            path = self._mailbox.new_file()
-            try:
-                write_safetensors(bucket, path)
-                yield {"path": path.name, "digest": digest(bucket)}
-            finally:
-                path.unlink(missing_ok=True)
-
-    def _commit(self, version: int) -> None:
-        try:
-            replies = self._control("commit", version=version)
-        except BaseException as error:
-            self._close(version, error)
-            raise
-        self.version = version
-        self.closed = ""
-        served = {reply["version"] for reply in replies.values()}
-        assert served <= {version}, f"ranks serve versions {served}"
-
-    def _abort(self, version: int, error: BaseException) -> None:
-        """Tell the workers to give the update up; the first error is the one that counts."""
-        call = self._next_call()
-        update = Update(op="abort", session=self._session, version=version, call=call)
-        with contextlib.suppress(Exception):
-            if self._stages_only:
-                self._control("stage", bucket=_wire_dict(update), call=call)
-            else:
-                self._target.update(_wire_dict(update))
-        if self._mailbox is not None:
-            self._mailbox.collect(call)
-        self._close(version, error)
-
-    def _close(self, version: int, error: BaseException) -> None:
-        with contextlib.suppress(Exception):
-            replies = self._control("status")
-            self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
-            return
-        self.closed = (
-            f"The push of version {version} failed ({type(error).__name__}) and the engine does not say what it serves. "
-            "Call send_weights() again; if that fails too, restart the engine and connect() again."
-        )
+    def _check_room(self) -> None:
+        assert self._engines is not None
+        tight = [s for s in self._engines.sessions if s.target.generates_meanwhile and s.capacity == 1]
+        if tight:
+            self._engines.goodbye()
+            raise EngineNotReadyError(
+                f"{tight[0].name}: max_cpu_loras: got 1, expected at least 2: while a version is replaced, requests in "
+                "flight still need the one before. Start the engine with max_cpu_loras=4 (host memory only)."
+            )
 
     def _accompany(self) -> SyncReport:
         """A rank that is not the sender takes part in the source's collectives and drops what they yield."""
-        began, totals = time.perf_counter(), _Totals(strategy_of(self.apply))
-        for _, tensor in _timed(self.source, totals):
+        began, totals = time.perf_counter(), Totals(strategy_of(self.apply))
+        for _, tensor in timed(self.source, totals):
             totals.count(tensor)
         return totals.report(self._newest + 1, 0, time.perf_counter() - began)
-
-    # ---------------------------------------------------------------------------------- the calls
-
-    def _shake_hands(self, message: str, manifest: str) -> None:
-        try:
-            replies = self._control("hello", apply=message, manifest=manifest)
-        except BaseException:
-            assert self._mailbox is not None
-            self._mailbox.remove()
-            self._mailbox = None
-            raise
-        self._ranks = max((int(r["world_size"]) for r in replies.values()), default=0)
-        self.version = max((int(r["version"]) for r in replies.values()), default=0)
-        self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
-
-    def _control(self, op: ControlOp, *, call: int = 0, **fields: Any) -> Replies:
-        assert self._mailbox is not None
-        call = call or self._next_call()
-        control = Control(
-            op=op,
-            protocol=PROTOCOL,
-            lorasync=__version__,
-            session=self._session,
-            call=call,
-            mailbox=str(self._mailbox.folder),
-            **fields,
-        )
-        return self._answered(lambda: self._target.init(asdict(control)), call=call)
-
-    def _answered(self, request: Any, *, call: int) -> Replies:
-        """Make a call; raise the workers' own error if one of them reports one."""
-        assert self._mailbox is not None
-        try:
-            request()
-        except LorasyncError:
-            self._mailbox.collect(call)
-            raise
-        except Exception as error:
-            failed = {rank: r for rank, r in self._mailbox.collect(call).items() if not r["ok"]}
-            if failed:
-                raise error_from_dict(failed[min(failed)]["error"]) from error
-            raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
-        replies = self._mailbox.collect(call) if call else {}
-        silent = sorted(set(range(self._ranks)) - replies.keys()) if call and self._ranks else []
-        if silent:
-            raise SyncError(f"worker ranks {silent} of {self._ranks} took the call but did not answer.")
-        return replies
-
-    def _next_call(self) -> int:
-        self._calls += 1
-        return self._calls
 
 
 def _with_survival(report: SyncReport, source: Any) -> SyncReport:
@@ -423,143 +352,34 @@ def _with_survival(report: SyncReport, source: Any) -> SyncReport:
 
 
 class _Stop:
-    """The time in which the engine does not generate."""
+    """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, engines: Replicas) -> None:
+        self._engines = engines
         self._began: float | None = None
         self.seconds: float | None = None
 
     def begin(self) -> None:
         if self._began is None:
             self._began = time.perf_counter()
-            self._target.pause()
+            self._engines.each(lambda session: session.target.pause())
 
     def end(self) -> None:
-        self._target.resume()
-        if self._began is not None and isinstance(self._target, AsyncLLMTarget):
+        if self._engines.closed:
+            return
+        self._engines.each(lambda session: session.target.resume())
+        if self._began is not None and self._engines.generates_meanwhile:
             self.seconds = time.perf_counter() - self._began
 
 
-class _Totals:
-    """What adds up over the buckets of one push."""
-
-    def __init__(self, strategy: str) -> None:
-        self.strategy = strategy
-        self.tensors = self.bytes = 0
-        self.source = self.sending = self.apply = 0.0
-        self.digests: list[str] = []
-
-    def count(self, tensor: torch.Tensor) -> None:
-        self.tensors += 1
-        self.bytes += tensor.numel() * tensor.element_size()
-
-    def add(
-        self, bucket: Mapping[str, torch.Tensor], bucket_digest: str, applying: float, sending: float
-    ) -> None:
-        for tensor in bucket.values():
-            self.count(tensor)
-        if bucket_digest:
-            self.digests.append(bucket_digest)
-        self.apply += applying
-        self.sending += sending
-
-    def report(self, version: int, ranks: int, total: float, stall: float | None = None) -> SyncReport:
-        seconds = {
-            "source": self.source,
-            "wire": max(self.sending - self.apply, 0.0),
-            "apply": self.apply,
-            "total": total,
-        }
-        return SyncReport(
-            version=version,
-            strategy=self.strategy,
-            tensors=self.tensors,
-            bytes=self.bytes,
-            seconds=seconds,
-            digest=digest_of_text("".join(self.digests)) if self.digests else "",
-            ranks=ranks,
-            stall_seconds=stall,
-        )
-
-
-def _timed(source: Source, totals: _Totals) -> Iterator[tuple[str, torch.Tensor]]:
-    """The source's stream, with the time that it takes itself added to ``totals``."""
-    stream = iter(source)
-    while True:
-        began = time.perf_counter()
-        item = next(stream, None)
-        totals.source += time.perf_counter() - began
-        if item is None:
-            return
-        yield item
-
-
-def _buckets(stream: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Consecutive tensors, together at most ``limit`` bytes (a larger one travels alone)."""
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in stream:
-        if bucket and size + tensor.numel() * tensor.element_size() > limit:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor
-        size += tensor.numel() * tensor.element_size()
-    if bucket:
-        yield bucket
-
-
-def _wire_dict(update: Update) -> dict[str, Any]:
-    return {k: v for k, v in vars(update).items() if v is not None}
-
-
-def _slowest(replies: Replies) -> float:
-    return max((float(r["seconds"]) for r in replies.values()), default=0.0)
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 @contextlib.contextmanager
-def _agreed_by_all_ranks() -> Iterator[None]:
-    """All trainer ranks leave the block the same way: if one fails, the others raise too instead of going on.
-
-    Raises:
-        SyncError: on the ranks that did not fail themselves.
-    """
-    import torch.distributed as dist
-
-    if _alone():
-        yield
-        return
-    failure: BaseException | None = None
+def _stoppable(engines: Replicas) -> Iterator[_Stop]:
+    """Whatever happens in the block, the engines that may generate do so after it."""
+    stop = _Stop(engines)
     try:
-        yield
-    except Exception as error:
-        failure = error
-    failed = _largest_of_all_ranks(int(failure is not None))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise SyncError(
-            f"The push failed on another trainer rank than this one (rank {dist.get_rank()}): see its error."
-        )
-
-
-def _alone() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-
-
-def _largest_of_all_ranks(number: int) -> int:
-    import torch.distributed as dist
-
-    if _alone():
-        return number
-    shared = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return int(shared.item())
+        yield stop
+    except BaseException:
+        with contextlib.suppress(Exception):  # a dead engine: the first error is the one that counts
+            stop.end()
+        raise
+    stop.end()

@@ -22,9 +22,15 @@ Pause = Literal["keep", "wait", "abort"]
 
 
 class Target(Protocol):
-    """The calls that a push needs. ``in_process``: tensors can be handed over as they are."""
+    """The calls that a push needs.
+
+    Attributes:
+        in_process: tensors can be handed over as they are.
+        generates_meanwhile: requests may be running while a push goes on.
+    """
 
     in_process: bool
+    generates_meanwhile: bool
 
     def init(self, info: dict[str, Any]) -> None: ...
 
@@ -40,6 +46,14 @@ class Target(Protocol):
         """Stop generating; what happens to requests in flight was said in `connect`."""
 
     def resume(self) -> None: ...
+
+    def adapters_in_flight(self) -> frozenset[int]:
+        """The ids of the adapters that unfinished requests name."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raise `EngineDeadError` if the engine is known to be dead."""
+        ...
 
 
 @runtime_checkable
@@ -76,6 +90,8 @@ def target_of(engine: object, *, timeout: float, pause: Pause = "keep") -> Targe
 
 class LLMTarget:
     """A `vllm.LLM`, in process or with its engine core in another process."""
+
+    generates_meanwhile = False
 
     def __init__(self, llm: Any, *, timeout: float) -> None:
         _check_backend(llm.llm_engine.vllm_config)
@@ -115,6 +131,14 @@ class LLMTarget:
     def resume(self) -> None:
         """Nothing was stopped."""
 
+    def adapters_in_flight(self) -> frozenset[int]:
+        return _adapters_of(self._llm.llm_engine)
+
+    def check_alive(self) -> None:
+        death = _death_of(self._llm.llm_engine.engine_core)
+        if death:
+            raise _dead("The vLLM engine", death)
+
     def _call(self, call: Callable[[], Any], what: str) -> Any:
         if self._core_is_here:
             return call()
@@ -127,6 +151,7 @@ class CallsTarget:
     """Any object with vLLM's four weight-sync calls, each taking plain dicts."""
 
     in_process = False
+    generates_meanwhile = True
 
     def __init__(self, calls: WeightSyncCalls, *, timeout: float) -> None:
         self._calls = calls
@@ -159,11 +184,19 @@ class CallsTarget:
     def resume(self) -> None:
         """Nothing was stopped."""
 
+    def adapters_in_flight(self) -> frozenset[int]:
+        """These calls don't tell: the caller keeps requests of retired versions away."""
+        return frozenset()
+
+    def check_alive(self) -> None:
+        """These calls don't tell."""
+
 
 class AsyncLLMTarget:
     """A vLLM `AsyncLLM`, driven from another thread than the one of its event loop."""
 
     in_process = False
+    generates_meanwhile = True
 
     def __init__(self, engine: Any, *, timeout: float, pause: Pause) -> None:
         _check_backend(engine.vllm_config)
@@ -208,6 +241,13 @@ class AsyncLLMTarget:
     def resume(self) -> None:
         self._run(self._engine.resume_generation)
 
+    def adapters_in_flight(self) -> frozenset[int]:
+        return _adapters_of(self._engine)
+
+    def check_alive(self) -> None:
+        if self._engine.errored:
+            raise _dead("The vLLM engine", _death_of(self._engine.engine_core))
+
     def _run(self, make: Callable[[], Any]) -> Any:
         """Run a coroutine on the engine's loop and wait for it here.
 
@@ -229,6 +269,11 @@ class AsyncLLMTarget:
         except (SyncTimeoutError, EngineDeadError):
             waiting.cancel()
             raise
+
+
+def _adapters_of(engine: Any) -> frozenset[int]:
+    requests = list(engine.output_processor.request_states.values())
+    return frozenset(r.lora_request.lora_int_id for r in requests if r.lora_request is not None)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

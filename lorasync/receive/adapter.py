@@ -25,13 +25,15 @@ from lorasync.source.factors import FactorSpec
 from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lorasync.receive.engine import WorkerEngine
 
 
 class AdapterApplier:
     """Stages factors; a commit adds them under an id of their own, beside the version before, and retires older ones."""
+
+    changes_weights = False
 
     def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
         self._engine = engine
@@ -46,12 +48,10 @@ class AdapterApplier:
             self._check_base(wanted["samples"])
         self._staging = Staging(manifest, torch.device("cpu"))
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._current = self._previous = -1
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "modules": len(self._spec.modules),
-            "slots": int(self._engine.vllm_config.lora_config.max_loras),
-        }
+        return {"modules": len(self._spec.modules), "capacity": int(self._manager.capacity)}
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._staging.add(tensors)
@@ -60,42 +60,64 @@ class AdapterApplier:
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
         raise PayloadError("Serving an adapter needs no base from the trainer.")
 
-    def commit(self, version: int) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:
         tensors = self._staging.take(version)
-        self._install(version, tensors)
-        self._kept[version] = tensors
-        for old in sorted(self._kept)[:-2]:
-            self._retire(old)
+        capacity = int(self._manager.capacity)
+        if len(set(in_flight)) >= capacity:
+            raise SyncError(
+                f"max_cpu_loras: got {capacity}, expected room for version {version} beside {sorted(in_flight)}, which "
+                "requests in flight still name. Nothing was changed."
+            )
+        before = {self._current} & self._ours() if len({*in_flight, self._current}) < capacity else set()
+        self._retire_all_but({*in_flight, *before})
+        try:
+            self._install(version, tensors)
+        except BaseException:
+            self._retire_all_but({*in_flight, *before})
+            if self._current in self._kept:  # it may have had to make room
+                self._install(self._current, self._kept[self._current])
+            raise
+        self._previous, self._current = self._current, version
+        self._kept = {v: t for v, t in self._kept.items() if v == self._previous} | {version: tensors}
         return {"adapter_id": ADAPTER_IDS + version}
 
-    def rollback(self) -> dict[str, Any]:
-        if len(self._kept) < 2:
+    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:
+        if self._previous not in self._kept:
             raise SyncError("rollback: there is no version before this one on this connection.")
-        newest = max(self._kept)
-        before = max(self._kept.keys() - {newest})
-        self._install(before, self._kept[before])
-        self._retire(newest)
-        return {"adapter_id": ADAPTER_IDS + before}
+        back = self._previous
+        if back not in self._ours():
+            self._retire_all_but(in_flight)
+        self._install(back, self._kept[back])
+        self._retire_all_but({*in_flight, back})
+        self._kept = {back: self._kept[back]}
+        self._previous, self._current = -1, back
+        return {"adapter_id": ADAPTER_IDS + back}
 
     def undo(self) -> bool:
         self._staging.drop()
         return False
 
-    def close(self) -> None:
-        """Remove our adapters: nobody is left to name their versions."""
+    def close(self, in_flight: Collection[int]) -> None:
+        """Remove our adapters: nobody is left to name their versions. Those still in use go at the next handshake."""
         self.undo()
-        for version in list(self._kept):
-            self._retire(version)
+        self._retire_all_but(in_flight)
+        self._kept = {}
+
+    def _ours(self) -> set[int]:
+        """The versions that the workers hold, also those of an earlier connection that were in use when it ended."""
+        return {number - ADAPTER_IDS for number in self._manager.list_adapters() if number > ADAPTER_IDS}
 
     def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         number = ADAPTER_IDS + version
-        if number not in self._manager.list_adapters():
+        if version not in self._ours():
             self._manager.add_adapter(vllm_parts.lora_model(number, tensors, self._helper, self._engine))
+        # Its path leads nowhere: dropped to make room, it could not be loaded again, which ends the engine.
+        vllm_parts.keep_in_cache(self._manager, number)
         self._manager.activate_adapter(number)
 
-    def _retire(self, version: int) -> None:
-        self._kept.pop(version, None)
-        self._manager.remove_adapter(ADAPTER_IDS + version)
+    def _retire_all_but(self, versions: Collection[int]) -> None:
+        for version in self._ours() - set(versions):
+            self._manager.remove_adapter(ADAPTER_IDS + version)
 
     def _check_modules(self, names: list[str]) -> None:
         """VLLM ignores the factors of a module that it has no LoRA layer for, without a word."""
@@ -121,12 +143,14 @@ class AdapterApplier:
         checkpoint = CheckpointBases(self._engine.model_config, dtype)
 
         def read(row: Row) -> torch.Tensor:
-            direct = row.param in live.direct
-            return (
-                live.live_slice(row.param, row.target)
-                if direct
-                else row.source.view(checkpoint.whole(row.name))
-            )
+            if row.param in live.direct:
+                return live.live_slice(row.param, row.target)
+            if self._engine.weights_pushed:
+                raise SyncError(
+                    f"{row.param}: the engine serves weights of an earlier push and can't read them back (packed), "
+                    "expected the base that was trained on. Restart the engine, or use MergeInWorker or MergedSource."
+                )
+            return row.source.view(checkpoint.whole(row.name))
 
         fix = (
             "On another base the adapter is another policy: use MergedSource, or MergeInWorker(base='nf4') for a QLoRA "

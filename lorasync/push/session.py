@@ -1,0 +1,271 @@
+"""The conversation with one engine: handshake, buckets, commit; and what its workers answer."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+import weakref
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorasync import __version__
+from lorasync.errors import LorasyncError, SyncError, SyncTimeoutError
+from lorasync.wire import ADAPTER_IDS, PROTOCOL, Control, Mailbox, Update, error_from_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorasync.push.payload import Payload
+    from lorasync.push.target import Target
+
+Replies = dict[int, dict[str, Any]]
+ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "digest", "goodbye"]
+
+
+class EngineSession:
+    """One engine, from the handshake to the goodbye.
+
+    Attributes:
+        name: what errors call the engine.
+        ranks: how many workers answer; 0 if they can't (another host).
+        version: what it serves, as far as the trainer knows.
+        closed: why it must not generate; empty if it may.
+        capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
+    """
+
+    def __init__(self, target: Target, *, name: str, timeout: float) -> None:
+        self.name = name
+        self.target = target
+        self.ranks = self.version = self.capacity = 0
+        self.closed = ""
+        self._timeout = timeout
+        self._token = secrets.token_hex(8)
+        self._calls = 0
+        self._mailbox = Mailbox.create()
+        self._remove = weakref.finalize(self, self._mailbox.remove)
+
+    @property
+    def folder(self) -> Mailbox | None:
+        """Where payloads for the engine are put; None if it is in this process and needs none."""
+        return None if self.target.in_process else self._mailbox
+
+    # ------------------------------------------------------------------------------------ what is asked
+
+    def hello(self, apply: str, manifest: str) -> None:
+        """Shake hands: everything is checked against the served model before anything is sent."""
+        try:
+            replies = self.control("hello", apply=apply, manifest=manifest, in_flight=self.in_flight())
+        except BaseException:
+            self._remove()
+            raise
+        self.ranks = max((int(r["world_size"]) for r in replies.values()), default=0)
+        self.capacity = min((int(r.get("capacity", 0)) for r in replies.values()), default=0)
+        self._learn(replies)
+
+    def send(self, payload: Payload, version: int, *, op: Literal["bucket", "base"], beside: bool) -> float:
+        """One bucket; the slowest worker's seconds.
+
+        Args:
+            payload: the bucket.
+            version: the version that it is a part of.
+            op: ``"base"`` for the packed base that is sent once.
+            beside: stage it beside what is served, while the engine generates; otherwise it goes into live weights.
+        """
+        call = self._next_call()
+        update = Update(
+            op=op,
+            session=self._token,
+            version=version,
+            call=call,
+            **payload.fields(self.folder),
+        )
+        if not beside:
+            return _slowest(self._answered(lambda: self.target.update(_as_dict(update)), call=call))
+        background = self.ranks > 0 and not self.target.in_process
+        self.control("stage", bucket=_as_dict(update), call=call, background=background)
+        return _slowest(self._replies_to(call)) if background else 0.0
+
+    def start(self) -> None:
+        try:
+            self._answered(self.target.start, call=0)
+        except SyncError as error:
+            # A trainer that died has left its update open. A failed bucket ends it, on every worker.
+            self.abort(self.version + 1, error, beside=False)
+            self._answered(self.target.start, call=0)
+
+    def finish(self, version: int) -> None:
+        self._answered(lambda: self.target.finish(str(version)), call=0)
+
+    def commit(self, version: int) -> float:
+        """Serve what was sent, if the engine still serves what the trainer believes; the slowest worker's seconds.
+
+        Raises:
+            StaleVersionError: if somebody else has pushed meanwhile.
+        """
+        try:
+            replies = self.control(
+                "commit", version=version, expected=self.version, in_flight=self.in_flight()
+            )
+        except SyncTimeoutError:
+            if not self._serves(version):  # the answer may be all that was lost
+                raise
+            replies = {}
+        served = {reply["version"] for reply in replies.values()}
+        assert served <= {version}, f"ranks serve versions {served}"
+        self.version, self.closed = version, ""
+        return _slowest(replies)
+
+    def rollback(self, version: int) -> None:
+        self.control("rollback", version=version, in_flight=self.in_flight())
+        self.version = version
+
+    def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
+        """Tell the workers to give the update up, and find out what they serve; never raises."""
+        call = self._next_call()
+        update = _as_dict(Update(op="abort", session=self._token, version=version, call=call))
+        with contextlib.suppress(Exception):
+            if beside:
+                self.control("stage", bucket=update, call=call)
+            else:
+                self.target.update(update)
+        self._mailbox.collect(call)
+        self.find_out(version, error)
+
+    def find_out(self, version: int, error: BaseException) -> None:
+        """After a failure: ask what the engine serves now; one that does not say is closed."""
+        try:
+            replies = self.control("status")
+            if not replies:
+                raise SyncError("no answer")
+            self._learn(replies)
+        except Exception:
+            self.closed = (
+                f"The push of version {version} failed ({type(error).__name__}) and the engine does not say what it "
+                "serves. Call send_weights() again; if that fails too, restart the engine and connect() again."
+            )
+
+    def digests(self) -> dict[int, dict[str, Any]]:
+        return self.control("digest")
+
+    def goodbye(self) -> None:
+        """The engine keeps serving; the folder in shared memory goes."""
+        with contextlib.suppress(LorasyncError):
+            self.control("goodbye", in_flight=self.in_flight())
+        self._remove()
+
+    # -------------------------------------------------------------------------------- adapters in flight
+
+    def in_flight(self) -> tuple[int, ...]:
+        """The versions of our adapter that unfinished requests name."""
+        return tuple(sorted(i - ADAPTER_IDS for i in self.target.adapters_in_flight() if i > ADAPTER_IDS))
+
+    def wait_for_room(self) -> None:
+        """Wait until the workers can hold one more adapter without dropping one that a request still names.
+
+        Raises:
+            SyncTimeoutError: naming the versions that hold it up.
+        """
+        if not self.capacity:
+            return
+        deadline = time.monotonic() + (self._timeout if self.target.generates_meanwhile else 0.0)
+        while True:
+            held = set(self.in_flight())
+            if self.target.generates_meanwhile and self.version:
+                held.add(self.version)  # new requests name it until the commit
+            if len(held) < self.capacity:
+                return
+            if time.monotonic() >= deadline:
+                raise SyncTimeoutError(
+                    f"max_cpu_loras: got {self.capacity}, expected room for one more adapter: requests in flight still "
+                    f"name versions {sorted(held)}. Start the engine with max_cpu_loras={len(held) + 2} (host memory "
+                    "only), or let requests finish before the next push."
+                )
+            time.sleep(0.01)
+
+    # ---------------------------------------------------------------------------------- calls and answers
+
+    def control(self, op: ControlOp, *, call: int = 0, **fields: Any) -> Replies:
+        call = call or self._next_call()
+        control = Control(
+            op=op,
+            protocol=PROTOCOL,
+            lorasync=__version__,
+            session=self._token,
+            call=call,
+            mailbox=str(self._mailbox.folder),
+            **fields,
+        )
+        return self._answered(
+            lambda: self.target.init(asdict(control)), call=call, at_once=not control.background
+        )
+
+    def _answered(self, request: Callable[[], None], *, call: int, at_once: bool = True) -> Replies:
+        """Make a call; raise the workers' own error if one of them reports one."""
+        try:
+            request()
+        except LorasyncError:
+            self._mailbox.collect(call)
+            raise
+        except Exception as error:
+            _raise_failed(self._mailbox.collect(call), error)
+            raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
+        if not call or not at_once:
+            return {}
+        replies = self._mailbox.collect(call)
+        silent = sorted(set(range(self.ranks)) - replies.keys()) if self.ranks else []
+        if silent:
+            raise SyncError(f"worker ranks {silent} of {self.ranks} took the call but did not answer.")
+        return replies
+
+    def _replies_to(self, call: int) -> Replies:
+        """Wait for the answers to a call that the workers do beside their other work."""
+        deadline, pause, checked = time.monotonic() + self._timeout, 0.0005, time.monotonic()
+        replies: Replies = {}
+        while True:
+            replies |= self._mailbox.collect(call)
+            _raise_failed(replies)
+            if len(replies) >= self.ranks:
+                return replies
+            now = time.monotonic()
+            if now >= deadline:
+                silent = sorted(set(range(self.ranks)) - replies.keys())
+                raise SyncTimeoutError(
+                    f"worker ranks {silent} of {self.ranks} did not answer within {self._timeout:g} s. Are they busy, "
+                    "hung or dead? connect(..., timeout=…) sets the limit."
+                )
+            if now - checked > 1.0:
+                self.target.check_alive()
+                checked = now
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+    def _serves(self, version: int) -> bool:
+        with contextlib.suppress(Exception):
+            replies = self.control("status")
+            return bool(replies) and all(
+                r["version"] == version and not r["closed"] for r in replies.values()
+            )
+        return False
+
+    def _learn(self, replies: Replies) -> None:
+        self.version = max((int(r["version"]) for r in replies.values()), default=self.version)
+        self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
+
+    def _next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+
+def _raise_failed(replies: Replies, cause: BaseException | None = None) -> None:
+    failed = {rank: r for rank, r in replies.items() if not r["ok"]}
+    if failed:
+        raise error_from_dict(failed[min(failed)]["error"]) from cause
+
+
+def _slowest(replies: Replies) -> float:
+    return max((float(r["seconds"]) for r in replies.values()), default=0.0)
+
+
+def _as_dict(update: Update) -> dict[str, Any]:
+    return {k: v for k, v in vars(update).items() if v is not None}
