@@ -15,7 +15,16 @@ from torch import Tensor
 
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
 from lorasync.export.writer import DTYPES
-from lorasync.merge import NEAREST, Nearest, Rounding, low_rank_delta, merge_low_rank, replace_rows
+from lorasync.merge import (
+    NEAREST,
+    Nearest,
+    Rounding,
+    Scratch,
+    low_rank_delta,
+    merge_and_round,
+    merge_low_rank,
+    replace_rows,
+)
 from lorasync.names import CheckpointLayout
 from lorasync.source import FactorModule, FactorSource, FactorSpec, ParamMeta
 
@@ -52,6 +61,10 @@ class Tensors:
     def names(self) -> list[str]:
         """Every tensor's name, file by file."""
         return list(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._where
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor into memory of its own."""
@@ -108,18 +121,36 @@ class CheckpointSource:
         bad = [name for name in self.factors.names if not _finite(self.factors[name])]
         if bad:
             raise NonFiniteError(f"adapter: got NaN or Inf in {', '.join(bad)}, expected finite values.")
+        scratch = Scratch()
         for name in [*self._names, *self._added()]:
-            tensor = self._make(name)
+            tensor = self._make(name, scratch)
             if not _finite(tensor):
                 raise NonFiniteError(f"{name}: got NaN or Inf after merging, expected finite values.")
             yield name, tensor
 
-    def _make(self, name: str) -> Tensor:
+    def _make(self, name: str, scratch: Scratch) -> Tensor:
         saved = {entry.weight: entry.tensor for entry in self.spec.saved}
         if name in saved:
             return self._cast(self.factors[saved[name]], name)
-        base = self._read(self.spec.ties.get(name, name) if name not in self._names else name)
+        base = self._read(name if name in self.base else self.spec.ties.get(name, name))
+        modules = self._modules.get(name, [])
+        if (
+            len(modules) == 1
+            and not modules[0].pieces
+            and name not in {rows.weight for rows in self.spec.rows}
+        ):
+            return self._one_module(modules[0], name, base, scratch)
         return self._cast(self._merged(name, base), name)
+
+    def _one_module(self, module: FactorModule, name: str, base: Tensor, scratch: Scratch) -> Tensor:
+        """The usual case: one adapter, rounded as it is merged."""
+        how = replace(module.how, exact=module.how.exact or self._packed(name))
+        a, b = self.factors[module.a], self.factors[module.b]
+        magnitude = None if module.magnitude is None else self.factors[module.magnitude]
+        dtype, rounding = self._dtype_of(name), self.rounding
+        return merge_and_round(
+            how, base, a, b, magnitude, dtype=dtype, rounding=rounding, key=name, scratch=scratch
+        )
 
     def _merged(self, name: str, base: Tensor) -> Tensor:
         weight = base
@@ -149,8 +180,11 @@ class CheckpointSource:
         return layout.convert({module.weight: delta})[name]
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
-        dtype, _ = self._describe(name) if name in self._names else self._described(name)
+        dtype = self._dtype_of(name)
         return self.rounding(tensor, dtype, key=name) if dtype.is_floating_point else tensor
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return (self._describe(name) if name in self.base else self._described(name))[0]
 
     def _added(self) -> dict[str, str]:
         """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
@@ -178,11 +212,11 @@ class CheckpointSource:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def _packed(self, name: str) -> bool:
-        return self._scales(name) in self.base.names or self._state_key(name) is not None
+        return self._scales(name) in self.base or self._state_key(name) is not None
 
     def _state_key(self, name: str) -> str | None:
         keys = (f"{name}{_STATE}{kind}" for kind in ("nf4", "fp4"))
-        return next((key for key in keys if key in self.base._where), None)
+        return next((key for key in keys if key in self.base), None)
 
     def _state(self, name: str) -> Any:
         key = self._state_key(name)
@@ -190,7 +224,7 @@ class CheckpointSource:
             return None
         from bitsandbytes.functional import QuantState
 
-        parts = {other: self.base[name + other] for other in _COMPANIONS if name + other in self.base._where}
+        parts = {other: self.base[name + other] for other in _COMPANIONS if name + other in self.base}
         parts = {other.removeprefix("."): tensor for other, tensor in parts.items()}
         return QuantState.from_dict(
             {**parts, key.removeprefix(f"{name}."): self.base[key]}, torch.device("cpu")

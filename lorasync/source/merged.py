@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasync.merge import NEAREST, DeltaSurvival, Rounding, delta_survival
+from lorasync.merge import NEAREST, DeltaSurvival, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.finite import FiniteCheck
 from lorasync.source.model import base_of, pick_adapters, unwrap
@@ -91,11 +91,11 @@ class MergedSource:
         Raises:
             NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
         """
-        ready = self._ready()
+        ready, scratch = self._ready(), Scratch()
         for block, params in _blocks(self._groups(ready), ready):
             with whole(params) as gathered:
                 for group in block:
-                    yield from self._converted(group, ready, gathered)
+                    yield from self._converted(group, ready, gathered, scratch)
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
@@ -155,10 +155,10 @@ class MergedSource:
         return self.dtype if self.dtype is not None and slot.dtype.is_floating_point else slot.dtype
 
     def _converted(
-        self, group: Group, found: dict[str, Slot], gathered: Whole
+        self, group: Group, found: dict[str, Slot], gathered: Whole, scratch: Scratch
     ) -> Iterator[tuple[str, Tensor]]:
         members = [found[name] for name in group.members]
-        made = {slot.name: slot.make(self._dtype(slot), self.rounding, gathered) for slot in members}
+        made = {slot.name: slot.make(self._dtype(slot), self.rounding, gathered, scratch) for slot in members}
         if group.renamed:
             tensors = {group.outputs[0][0]: made.pop(group.members[0])}
         else:

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.merge import NEAREST, Nearest, Rounding, low_rank_shape
+from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, merge_and_round
 from lorasync.source import layers, replica
 from lorasync.source.base import logical, packing, read, tensor_of, tensors_of
 from lorasync.source.model import submodules
@@ -64,12 +64,29 @@ class Slot:
         own = [self.held, *(param for step in self.steps for param in step.params)]
         return own + (self.general.params() if self.general is not None else [])
 
-    def make(self, dtype: torch.dtype, rounding: Rounding = NEAREST, whole: Whole = AS_HELD) -> Tensor:
+    def make(
+        self,
+        dtype: torch.dtype,
+        rounding: Rounding = NEAREST,
+        whole: Whole = AS_HELD,
+        scratch: Scratch | None = None,
+    ) -> Tensor:
         """Compute the tensor, rounded once to ``dtype``; it may share memory with the model if untouched."""
         if not dtype.is_floating_point or not self.adapted:
             rounding = rounding if self.held.requires_grad else NEAREST
             base = self.base(whole)
             return rounding(base, dtype, key=self.name) if dtype.is_floating_point else base
+        only = self.steps[0] if len(self.steps) == 1 else None
+        if only is not None and only.how is not None:
+            return merge_and_round(
+                only.how,
+                self.base(whole),
+                *map(whole, only.params),
+                dtype=dtype,
+                rounding=rounding,
+                key=self.name,
+                scratch=scratch,
+            )
         exact = self.exact(whole, as_peft=isinstance(rounding, Nearest))
         return rounding(exact, dtype, key=self.name)
 

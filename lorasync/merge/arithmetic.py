@@ -8,8 +8,6 @@ element is rounded once. `docs/numerics.md` has the measurements.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,58 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorasync.errors import Mismatch, MismatchError
+from lorasync.merge.rounding import NEAREST, Nearest, Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Scaling = float | Tensor
 """What B·A is multiplied by: PEFT's `layer.scaling[adapter]`, a number or a tensor of one element."""
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """Round to the nearest representable value, ties to even: what every framework does."""
-
-    def __call__(self, exact: Tensor, dtype: torch.dtype, *, key: str = "") -> Tensor:  # noqa: ARG002
-        """Round ``exact`` to ``dtype``; ``key`` is not used."""
-        return exact.to(dtype)
-
-
-@dataclass(frozen=True)
-class Stochastic:
-    """Round up or down at random, in proportion to the distance, so that small updates survive on average.
-
-    Args:
-        seed: Any integer; give each sync its own (its version number, for example). The noise is a pure
-            function of seed, key and position: the same on every rank and on every device.
-
-    Only bfloat16 has a stochastic rounding here; other dtypes are rounded to nearest.
-    Source: the technique is as in Gupta et al., https://arxiv.org/abs/1502.02551; the hash is `murmur3`'s
-    32-bit finalizer.
-
-    Example:
-        >>> import torch
-        >>> halfway = torch.full((10000,), 1 + 2**-9)  # bfloat16 next to 1 is 1 + 2**-7
-        >>> round(float((Stochastic(0)(halfway, torch.bfloat16) > 1).float().mean()), 1)
-        0.3
-    """
-
-    seed: int
-
-    def __call__(self, exact: Tensor, dtype: torch.dtype, *, key: str = "") -> Tensor:
-        """Round ``exact`` (any float dtype) to ``dtype``; ``key`` (a tensor's name) picks the noise."""
-        if dtype != torch.bfloat16 or exact.dtype == torch.bfloat16:
-            return exact.to(dtype)
-        rounded = torch.empty(exact.shape, dtype=dtype, device=exact.device)
-        flat, target, seed = exact.reshape(-1), rounded.view(-1), _hash_key(self.seed, key)
-        for start in range(0, flat.numel(), _BLOCK):
-            target[start : start + _BLOCK] = _round_block(flat[start : start + _BLOCK].float(), start, seed)
-        return rounded
-
-
-Rounding = Nearest | Stochastic
-NEAREST = Nearest()
-_BLOCK = 1 << 20
+_ROWS_OF = 1 << 18  # elements of one block: fp32 product, base and result together fit a core's cache
 
 
 @torch.no_grad()
@@ -99,11 +53,7 @@ def lora_delta(
     """
     _check_factors(lora_a, lora_b)
     product = _wide(lora_b) @ _wide(lora_a)
-    if fan_in_fan_out:
-        product = product.T
-    return _as_peft_keeps(
-        product.mul_(scaling) if isinstance(scaling, float | int) else product * scaling, lora_b, exact=exact
-    )
+    return _as_peft_keeps(_scaled(product.T if fan_in_fan_out else product, scaling), lora_b, exact=exact)
 
 
 @torch.no_grad()
@@ -146,9 +96,72 @@ def merge_lora(
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
     exact = not isinstance(rounding, Nearest)
+    target = dtype or (base if out is None else out).dtype
+    if not exact and not fan_in_fan_out and out is None:
+        return merge_plain(base, lora_a, lora_b, scaling, dtype=target)
     delta = lora_delta(lora_a, lora_b, scaling, fan_in_fan_out=fan_in_fan_out, exact=exact)
-    merged = rounding(add_delta(base, delta, reuse=True), dtype or _target(base, out), key=key)
+    merged = rounding(add_delta(base, delta, reuse=True), target, key=key)
     return merged if out is None else out.copy_(merged)
+
+
+class Scratch:
+    """Memory that merges use one after another: fresh pages for every product would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def take(self, rows: int, cols: int, like: Tensor) -> Tensor:
+        """Return a (rows, cols) tensor of ``like``'s dtype and device, with anything in it; the last one is void."""
+        held = self._held
+        if (
+            held is None
+            or held.numel() < rows * cols
+            or held.dtype != like.dtype
+            or held.device != like.device
+        ):
+            self._held = held = None  # let go first
+            self._held = held = torch.empty(rows * cols, dtype=like.dtype, device=like.device)
+        return held[: rows * cols].view(rows, cols)
+
+
+@torch.no_grad()
+def merge_plain(
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Scaling,
+    *,
+    dtype: torch.dtype,
+    exact: bool = False,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """Merge a plain LoRA and round to nearest; on a CPU in blocks of rows, so that all but B·A stays in the cache.
+
+    Args:
+        base: W, of shape (out_features, in_features); it is only read.
+        lora_a: A, of shape (r, in_features).
+        lora_b: B, of shape (out_features, r).
+        scaling: s; see `lora_delta`.
+        dtype: The result's dtype.
+        exact: As in `lora_delta`.
+        scratch: Memory for the product.
+
+    The product itself is one call: cut into blocks, a BLAS may sum in another order than PEFT's call does.
+    """
+    _check_factors(lora_a, lora_b)
+    a, b = _wide(lora_a), _wide(lora_b)
+    if scratch is not None and a.dtype == b.dtype:
+        product = torch.mm(b, a, out=scratch.take(b.shape[0], a.shape[1], b))
+    else:
+        product = b @ a
+    _check_fits(base, product)
+    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+    step = max(1, _ROWS_OF // product.shape[1]) if product.device.type == "cpu" else product.shape[0]
+    for start in range(0, product.shape[0], step):
+        rows = slice(start, start + step)
+        delta = _as_peft_keeps(_scaled(product[rows], scaling), lora_b, exact=exact)
+        merged[rows] = add_delta(base[rows], delta, reuse=True)
+    return merged
 
 
 @torch.no_grad()
@@ -163,12 +176,7 @@ def add_delta(base: Tensor, delta: Tensor, *, reuse: bool = False) -> Tensor:
     Raises:
         MismatchError: The shapes differ.
     """
-    if base.shape != delta.shape:
-        fix = "Is the adapter for this base, and is fan_in_fan_out right?"
-        raise MismatchError(
-            "The low-rank product doesn't fit the weight.",
-            [Mismatch("B·A", str(tuple(delta.shape)), str(tuple(base.shape)), fix)],
-        )
+    _check_fits(base, delta)
     delta = delta.to(base.device)
     if reuse and delta.dtype == torch.promote_types(base.dtype, delta.dtype):
         return delta.add_(base)
@@ -261,106 +269,6 @@ def merge_dora(
     return factor.view(shape) * (base + delta)
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """Everything but the tensors that one low-rank merge needs to know; plain data that travels in JSON.
-
-    ``kind`` says what A and B look like: "linear", "embedding", "conv" or "experts". ``transposed`` is
-    fan_in_fan_out of a linear layer, or (experts, in, out) of a stack of experts. ``cast_first`` marks the
-    layers for which PEFT rounds the delta to the weight's dtype before adding, on a CPU; ``exact`` keeps half
-    precision factors' product in fp32 there (quantized bases: PEFT has no out-of-place result to match).
-    """
-
-    kind: str
-    scaling: float
-    transposed: bool = False
-    experts: int = 1
-    dora: bool = False
-    cast_first: bool = False
-    exact: bool = False
-
-
-def low_rank_shape(how: LowRank, a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
-    """Say which weight two factors are for, from their shapes alone; ``None`` where they don't multiply.
-
-    Example:
-        >>> low_rank_shape(LowRank("embedding", 1.0), (4, 100), (16, 4))
-        (100, 16)
-    """
-    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or a[0] % how.experts:
-        return None
-    if how.kind == "conv":
-        return (b[0], *a[1:])
-    plain = (b[0], a[1])
-    if how.kind == "experts" and how.experts > 1:
-        return (how.experts, *(plain[::-1] if how.transposed else plain))
-    flipped = how.kind == "embedding" or (how.kind == "linear" and how.transposed)
-    return plain[::-1] if flipped else plain
-
-
-def low_rank_delta(how: LowRank, lora_a: Tensor, lora_b: Tensor, *, exact: bool = False) -> Tensor:
-    """Compute s·B·A in the weight's layout, for any kind of layer.
-
-    Args:
-        how: What kind of layer it is.
-        lora_a: A, as PEFT holds it.
-        lora_b: B, as PEFT holds it.
-        exact: Keep fp32 whatever PEFT would do.
-
-    Example:
-        >>> import torch
-        >>> low_rank_delta(LowRank("linear", 2.0), torch.ones(1, 2), torch.ones(1, 1)).tolist()
-        [[2.0, 2.0]]
-    """
-    exact = exact or how.exact
-    if how.kind == "embedding":
-        return embedding_delta(lora_a, lora_b, how.scaling, exact=exact)
-    if how.kind == "conv":
-        return conv_delta(lora_a, lora_b, how.scaling, exact=exact)
-    if how.kind == "experts":
-        return expert_delta(
-            lora_a, lora_b, how.scaling, experts=how.experts, transposed=how.transposed, exact=exact
-        )
-    assert how.kind == "linear", how.kind
-    return lora_delta(lora_a, lora_b, how.scaling, fan_in_fan_out=how.transposed, exact=exact)
-
-
-def merge_low_rank(
-    how: LowRank,
-    base: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor | None = None,
-    *,
-    norm_base: Tensor | None = None,
-    exact: bool = False,
-) -> Tensor:
-    """Merge any low-rank adapter into a weight, out of place and without the last rounding.
-
-    Trainer and worker both call this, so that they agree bit for bit on one kind of device.
-
-    Args:
-        how: What kind of layer it is.
-        base: W, dequantized, in its own layout; it is only read.
-        lora_a: A, as PEFT holds it.
-        lora_b: B, as PEFT holds it.
-        magnitude: DoRA's m.
-        norm_base: See `merge_dora`.
-        exact: Skip the roundings that PEFT does on the way.
-
-    Returns:
-        W + s·B·A in the wider of the dtypes; round it with `Nearest` or `Stochastic`.
-    """
-    delta = low_rank_delta(how, lora_a, lora_b, exact=exact).to(base.device)
-    if how.dora:
-        assert magnitude is not None, "DoRA without its magnitude"
-        flipped = how.kind == "embedding" or (how.kind == "linear" and how.transposed)
-        return merge_dora(base, delta, magnitude, norm_base=norm_base, out_dim=int(flipped))
-    if how.cast_first and not exact and base.device.type == "cpu":
-        delta = delta.to(base.dtype)
-    return add_delta(base, delta, reuse=True)
-
-
 @torch.no_grad()
 def replace_rows(base: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
     """Put trained rows into an embedding: PEFT's trainable tokens replace, they do not add.
@@ -369,49 +277,6 @@ def replace_rows(base: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
     """
     index = torch.tensor(rows, device=base.device)
     return base.index_copy(0, index, values.to(base))
-
-
-@dataclass(frozen=True)
-class DeltaSurvival:
-    """How much of one module's update is left after rounding to the served dtype.
-
-    ``kept`` is ⟨served − W, Δ⟩ / ‖Δ‖²: 1 when the update arrives whole, 0 when it vanishes. ``unmoved`` is
-    the share of the updated elements that still have W's rounded value. ``norm`` is ‖Δ‖.
-    """
-
-    name: str
-    kept: float
-    unmoved: float
-    norm: float
-
-
-@torch.no_grad()
-def delta_survival(name: str, base: Tensor, exact: Tensor, served: Tensor) -> DeltaSurvival:
-    """Compare the exact merge with what is served.
-
-    Args:
-        name: What to call the module in the report.
-        base: W before the merge.
-        exact: W + Δ, unrounded (fp32).
-        served: W + Δ, as served.
-
-    Example:
-        >>> import torch
-        >>> w = torch.ones(4, dtype=torch.bfloat16)
-        >>> report = delta_survival("w", w, w.float() + 1e-4, (w.float() + 1e-4).bfloat16())
-        >>> report.kept, report.unmoved
-        (0.0, 1.0)
-    """
-    wide = base.to(torch.float32)
-    delta = exact.to(torch.float32) - wide
-    touched = delta != 0
-    square = float(delta.double().square().sum())
-    if square == 0.0:
-        return DeltaSurvival(name, 1.0, 0.0, 0.0)
-    moved = served.to(torch.float32) - wide
-    still = (served == base.to(served.dtype)) & touched
-    kept = float((moved.double() * delta.double()).sum()) / square
-    return DeltaSurvival(name, kept, float(still.sum()) / float(touched.sum()), math.sqrt(square))
 
 
 def _wide(factor: Tensor) -> Tensor:
@@ -423,8 +288,18 @@ def _as_peft_keeps(delta: Tensor, factor: Tensor, *, exact: bool) -> Tensor:
     return delta if exact or factor.device.type != "cpu" else delta.to(factor.dtype)
 
 
-def _target(base: Tensor, out: Tensor | None) -> torch.dtype:
-    return base.dtype if out is None else out.dtype
+def _scaled(product: Tensor, scaling: Scaling) -> Tensor:
+    return product.mul_(scaling) if isinstance(scaling, float | int) else product * scaling
+
+
+def _check_fits(base: Tensor, delta: Tensor) -> None:
+    if base.shape == delta.shape:
+        return
+    fix = "Is the adapter for this base, and is fan_in_fan_out right?"
+    raise MismatchError(
+        "The low-rank product doesn't fit the weight.",
+        [Mismatch("B·A", str(tuple(delta.shape)), str(tuple(base.shape)), fix)],
+    )
 
 
 def _norm(base: Tensor, delta: Tensor, out_dim: int) -> Tensor:
@@ -436,30 +311,6 @@ def _norm(base: Tensor, delta: Tensor, out_dim: int) -> Tensor:
     total = outputs_first + delta
     norms: Tensor = torch.linalg.norm(total, dim=1).to(total.dtype)
     return norms
-
-
-def _hash_key(seed: int, key: str) -> int:
-    """FNV-1a of seed and key: the same on every machine, unlike `hash`."""
-    state = 0x811C9DC5
-    for byte in f"{seed}:{key}".encode():
-        state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
-    return state
-
-
-def _round_block(exact: Tensor, start: int, seed: int) -> Tensor:
-    """Add noise below bfloat16's last bit and cut: away from zero with a probability equal to what is cut."""
-    bits = exact.view(torch.int32)
-    noisy = (bits + _noise(start, exact.numel(), seed, exact.device)) & ~0xFFFF
-    return torch.where(torch.isfinite(exact), noisy, bits).view(torch.float32)
-
-
-def _noise(start: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """16 bits of noise for each position from ``start`` on, by murmur3's finalizer of position and seed."""
-    bits = torch.arange(start, start + count, device=device, dtype=torch.int64)
-    bits = (bits * 0x9E3779B1 + seed) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    return ((bits ^ (bits >> 16)) & 0xFFFF).to(torch.int32)
 
 
 def _check_factors(lora_a: Tensor, lora_b: Tensor) -> None:
