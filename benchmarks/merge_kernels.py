@@ -1,7 +1,7 @@
 """How far are the merge kernels from the memory floor, and do they round once?
 
-    python benchmarks/kernels.py                      # Qwen2-7B shape, r=64, every kind of base; needs a GPU
-    python benchmarks/kernels.py --layers 2 --sweep   # time many tile shapes as well
+    python benchmarks/merge_kernels.py                      # Qwen2-7B shape, r=64, every kind of base; needs a GPU
+    python benchmarks/merge_kernels.py --layers 2 --sweep   # time many tile shapes as well
 
 For each kind the same run times the usual ways (torch.addmm into the storage; out-of-place fp32 torch ops;
 for 4-bit dequantize, then addmm), asserts that all give the same weights to one ulp of the terms, and counts

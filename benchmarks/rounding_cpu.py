@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder, whose kernels.py would shadow the package of that name
+sys.path[0] = str(ROOT)  # instead of this folder: its names could shadow others
 
 from lorasync import MergedSource
 from lorasync.merge import NEAREST, Rounding, Stochastic
