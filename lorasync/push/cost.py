@@ -1,0 +1,155 @@
+"""What a sync costs before it is run: bytes over bandwidths, with constants from `benchmarks/results`.
+
+A pure model, for `docs/scaling.md` and for choosing: no device is looked at. What was fitted and what was only checked is
+said in `tests/test_cost.py`; links other than shared memory are nominal and were not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BYTES_OF_BASE = {
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp32": 4.0,
+    "int8": 1.0,
+    "nf4": 0.5 + 4 / 64,
+    "nf4 nested": 0.5 + 1 / 64,
+}
+"""Bytes that a merge reads for one weight of the base, scales included."""
+
+_PRODUCTS = {2: 1, 4: 6}
+# fp32 factors are three bf16 thirds each, of whose nine products six are summed (docs/kernels.md).
+
+
+@dataclass(frozen=True)
+class Device:
+    """How fast one device merges.
+
+    Attributes:
+        name: what it is.
+        bandwidth: bytes a second, read and written together.
+        products: floating-point operations a second in B·A with 16-bit factors; they add to the memory's time.
+        decode: seconds to dequantize one weight.
+        overhead: seconds of one call.
+    """
+
+    name: str
+    bandwidth: float
+    products: float
+    decode: float = 0.0
+    overhead: float = 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """How bytes get from the trainer to an engine: bytes a second, and seconds that a sync takes whatever it carries."""
+
+    name: str
+    bandwidth: float
+    overhead: float = 0.0
+
+
+H100 = Device("H100", bandwidth=2.97e12, products=8.0e14, decode=2.2e-13, overhead=3e-4)
+NVLINK = Link("NVLink, 450 GB/s", 450e9 * 0.8, 1e-3)
+IB400 = Link("400 Gb/s", 50e9 * 0.9, 1e-3)
+ETHERNET10 = Link("10 Gb/s", 1.25e9 * 0.9, 2e-3)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What has to be served.
+
+    Attributes:
+        merged: weights with an adapter.
+        untouched: weights without one, which a merged push carries too.
+        factors: elements of A and B.
+        rank: r.
+        base: how the base is held: a key of `BYTES_OF_BASE`.
+        served_bytes: bytes of one served weight.
+        factor_bytes: 2 or 4.
+        passes: reads of the base beside the one for merging: 1 for DoRA's norm.
+    """
+
+    merged: float
+    untouched: float
+    factors: float
+    rank: int
+    base: str = "bf16"
+    served_bytes: int = 2
+    factor_bytes: int = 2
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one sync by stage, and what an engine has to hold beside the weights that it serves."""
+
+    source: float
+    wire: float
+    apply: float
+    wire_bytes: float
+    kept_bytes: float
+
+    @property
+    def total(self) -> float:
+        """Seconds from the call to the first token of the new policy; nothing overlaps."""
+        return self.source + self.wire + self.apply
+
+
+def merge_seconds(job: Job, device: Device, *, devices: int = 1) -> float:
+    """Seconds to compute every merged weight once: memory traffic, products, dequantization, one after another.
+
+    Example:
+        >>> qwen2_7b = Job(merged=6.525e9, untouched=1.1e9, factors=161e6, rank=64)
+        >>> round(merge_seconds(qwen2_7b, H100) * 1000, 1)
+        10.1
+    """
+    reads = BYTES_OF_BASE[job.base] * (1 + job.passes)
+    memory = job.merged * (reads + job.served_bytes) / device.bandwidth
+    products = 2 * job.rank * job.merged * _PRODUCTS[job.factor_bytes] * (1 + job.passes) / device.products
+    decode = job.merged * device.decode if BYTES_OF_BASE[job.base] <= 1 else 0.0
+    return (memory + products + decode) / devices + device.overhead
+
+
+def sync_seconds(
+    strategy: str,
+    job: Job,
+    *,
+    trainer: Device,
+    worker: Device,
+    link: Link | None,
+    replicas: int = 1,
+    broadcast: bool = True,
+    devices: int = 1,
+) -> Cost:
+    """Predict one sync.
+
+    Args:
+        strategy: ``"merged"``, ``"factors"`` (merged in the worker) or ``"adapter"`` (LoRA slots).
+        job: what is served.
+        trainer: the device that merges for a merged push.
+        worker: the device that an engine runs on.
+        link: the way out of the trainer; None where both share a process and nothing travels.
+        replicas: engines that are served.
+        broadcast: whether the fabric copies (NCCL: the bytes leave the trainer once) or the trainer sends to one engine
+            after another (HTTP, files).
+        devices: devices that one copy of the model is spread over, on either side.
+
+    Returns:
+        the seconds of each stage.
+    """
+    wide = job.merged + job.untouched
+    size = wide * job.served_bytes if strategy == "merged" else job.factors * job.factor_bytes
+    sends = 1 if broadcast else replicas
+    wire = 0.0 if link is None else sends * size / link.bandwidth + link.overhead * (1 + math.log2(replicas))
+    if strategy == "merged":
+        source = merge_seconds(job, trainer, devices=devices)
+        copies = 0.0 if link is None else 2 * size / worker.bandwidth / devices
+        return Cost(source, wire, copies, size, 0.0)
+    if strategy == "factors":
+        kept = job.merged * BYTES_OF_BASE[job.base]
+        return Cost(0.0, wire, merge_seconds(job, worker, devices=devices), size, kept)
+    assert strategy == "adapter", strategy
+    return Cost(0.0, wire, 2 * size / worker.bandwidth / devices, size, 2 * size)

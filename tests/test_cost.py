@@ -1,0 +1,60 @@
+"""The cost model against every run that was measured; which of them it was fitted to is said beside each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorasync.push.cost import H100, IB400, Device, Job, Link, merge_seconds, sync_seconds
+
+# benchmarks/results/kernels_qwen2-7b_h100_202611.md, replayed from a CUDA graph: no overhead of the call.
+QWEN2_7B = Job(merged=6.525e9, untouched=1.09e9, factors=161e6, rank=64)
+ON_GRAPH = replace(H100, overhead=0.0)
+KERNELS = {
+    "bf16 base, bf16 factors": ({}, 9.80, "fitted: products"),
+    "NF4 base, bf16 factors": ({"base": "nf4"}, 8.09, "fitted: decode"),
+    "bf16 base, fp32 factors": ({"factor_bytes": 4}, 15.30, "checked"),
+    "NF4 base, fp32 factors": ({"base": "nf4", "factor_bytes": 4}, 16.19, "checked"),
+    "NF4 nested base, bf16 factors": ({"base": "nf4 nested"}, 8.49, "checked"),
+    "INT8 base, bf16 factors": ({"base": "int8"}, 9.11, "checked"),
+    "INT8 base, fp32 factors": ({"base": "int8", "factor_bytes": 4}, 16.34, "checked"),
+    "bf16 base, bf16 factors, DoRA": ({"passes": 1}, 15.35, "checked"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KERNELS))
+def test_kernels_on_an_h100_within_20_percent(kind: str):
+    changes, milliseconds, _ = KERNELS[kind]
+    assert merge_seconds(replace(QWEN2_7B, **changes), ON_GRAPH) * 1e3 == pytest.approx(milliseconds, rel=0.2)
+
+
+# benchmarks/results/sync_smollm2_cpu_202611.md: 2 cores, engine in another process, fp32, r=16. Three constants fitted to
+# three runs (and the trainer's merge to benchmarks/results/merge_cpu.json): this shows that the form fits, no more.
+SMOLLM2 = Job(106.2e6, 28.4e6, 4.88e6, rank=16, base="fp32", served_bytes=4, factor_bytes=4)
+CPU_TRAINER = Device("CPU, trainer", bandwidth=2.3e9, products=1e12)
+CPU_WORKER = Device("CPU, worker", bandwidth=1.13e9, products=1e12)
+SHARED_MEMORY = Link("shared memory, one machine", 680e6, 0.14)
+
+
+@pytest.mark.parametrize(("strategy", "seconds"), [("adapter", 0.202), ("factors", 0.981), ("merged", 2.172)])
+def test_syncs_on_a_cpu_within_20_percent(strategy: str, seconds: float):
+    cost = sync_seconds(strategy, SMOLLM2, trainer=CPU_TRAINER, worker=CPU_WORKER, link=SHARED_MEMORY)
+    assert cost.total == pytest.approx(seconds, rel=0.2)
+
+
+def test_what_travels():
+    settings = {"trainer": H100, "worker": H100, "link": IB400}
+    merged, factors = (sync_seconds(s, QWEN2_7B, **settings) for s in ("merged", "factors"))
+    assert merged.wire_bytes == pytest.approx(15.23e9, rel=1e-3)
+    assert factors.wire_bytes == 322e6
+    assert factors.total < merged.total
+    alone = sync_seconds("factors", QWEN2_7B, **{**settings, "link": None})
+    assert (alone.wire, alone.apply) == (0.0, merge_seconds(QWEN2_7B, H100))
+
+
+def test_an_engine_after_another_costs_the_wire_each_time_and_a_broadcast_once():
+    settings = {"trainer": H100, "worker": H100, "link": IB400, "replicas": 100}
+    once, each = (sync_seconds("factors", QWEN2_7B, broadcast=b, **settings) for b in (True, False))
+    assert each.wire - once.wire == pytest.approx(99 * 322e6 / IB400.bandwidth)
+    assert each.apply == once.apply
