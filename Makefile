@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 RUN := HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: help setup quickstart test test-fast lint matrix soak bench clean
+.PHONY: help setup quickstart test test-fast lint matrix soak reliability bench clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -24,11 +24,11 @@ quickstart: setup
 ## make test         the linters, and all tests but the long ones
 # Two processes, a file in one of them: its engines are started once.
 test: setup lint
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu and not matrix and not slow"
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu and not matrix and not slow and not soak"
 
 ## make test-fast    the tests that start no vLLM and no DeepSpeed
 test-fast: setup
-	$(PYTEST) -m "not gpu and not matrix and not slow" --ignore tests/e2e
+	$(PYTEST) -m "not gpu and not matrix and not slow and not soak" --ignore tests/e2e
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -37,7 +37,11 @@ lint: setup
 
 ## make soak         the long tests
 soak: setup
-	$(PYTEST) -m slow --timeout 3000
+	$(PYTEST) -m "slow or soak" --timeout 3000
+
+## make reliability  all rows of the fault table, and docs/reliability.md anew from their outcomes (about 10 minutes)
+reliability: setup
+	LORASYNC_WRITE_RELIABILITY=1 $(PYTEST) tests/e2e/test_faults.py
 
 ## make matrix       the ZeRO compatibility matrix: every cell a real run on two ranks (about 20 minutes)
 matrix: setup

@@ -18,8 +18,9 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import safetensors
 import safetensors.torch
@@ -144,6 +145,32 @@ def _check_types(values: Mapping[str, object], kind: type) -> None:
             raise PayloadError(
                 f"{name}: got {type(value).__name__}, expected {kind.__name__}. Nothing was touched."
             )
+
+
+Message = TypeVar("Message", Control, Update)
+
+
+def message(kind: type[Message], fields: object) -> Message:
+    """A message from the dict that travelled.
+
+    Raises:
+        PayloadError: if fields are missing, unknown or of another type.
+    """
+    if not isinstance(fields, dict):
+        raise PayloadError(
+            f"{kind.__name__}: got {type(fields).__name__}, expected dict. Nothing was touched."
+        )
+    known = {f.name for f in dataclass_fields(kind)}
+    unknown = sorted(map(repr, fields.keys() - known))
+    if unknown:
+        raise PayloadError(
+            f"{kind.__name__}: got the unknown fields {', '.join(unknown)}. Do both sides run the same lorasync? "
+            "Nothing was touched."
+        )
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise PayloadError(f"{kind.__name__}: {error}. Nothing was touched.") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -126,7 +126,16 @@ class LLMTarget:
             )
 
     def pause(self) -> None:
-        """Between `generate` calls nothing is in flight."""
+        """Between `generate` calls nothing is in flight.
+
+        Raises:
+            SyncError: if something is: its keys and values would be the old version's. Nothing was touched.
+        """
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise SyncError(
+                "push: got requests in flight, expected none, as a vllm.LLM can't keep them over a change of weights. "
+                "Push between generate() calls, or use an AsyncLLM. Nothing was touched."
+            )
 
     def resume(self) -> None:
         """Nothing was stopped."""
@@ -283,6 +292,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+_WORKER_GONE = ("method failed: cancelled", "Executor failed")
+"""What vLLM answers to a call that was under way when a worker died."""
+
+
 def _death_of(core: Any) -> str:
     """Which process of an engine has died, as its client knows; empty while all live."""
     resources = getattr(core, "resources", None)
@@ -343,6 +356,12 @@ def call_with_limit(
     succeeded, value = outcome[0]
     if not succeeded and type(value).__name__ == "EngineDeadError":  # vLLM's
         raise _dead(who, died()) from value
+    if not succeeded and any(words in str(value) for words in _WORKER_GONE):
+        deadline = time.monotonic() + 5.0  # vLLM gives the call up a moment before it ends the engine
+        while time.monotonic() < deadline:
+            if died():
+                raise _dead(who, died()) from value
+            time.sleep(0.05)
     if not succeeded:
         raise value
     return value

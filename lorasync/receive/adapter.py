@@ -20,13 +20,14 @@ from lorasync.receive.base import CheckpointBases
 from lorasync.receive.identity import check_base
 from lorasync.receive.live import LiveModel
 from lorasync.receive.plan import Row, record_plan
-from lorasync.receive.staging import Staging
+from lorasync.receive.staging import Staging, parsed
 from lorasync.source.factors import FactorSpec
 from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from lorasync.fingerprint import WeightSample
     from lorasync.receive.engine import WorkerEngine
 
 
@@ -37,15 +38,15 @@ class AdapterApplier:
 
     def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
         self._engine = engine
-        self._spec = FactorSpec.from_json(wanted["spec"])
+        self._spec = parsed(FactorSpec.from_json, wanted, "spec")
         self._manager = _manager_of(engine, self._spec)
         manifest = manifest_from_text(control.manifest)
         _refuse_what_slots_cannot_hold(self._spec)
         _check_rank(self._spec, engine.vllm_config.lora_config.max_lora_rank)
         self._helper = vllm_parts.peft_helper(self._spec.config, engine.vllm_config.lora_config)
         self._check_modules([name for name, _, _ in manifest])
-        if not wanted["other_base"]:
-            self._check_base(wanted["samples"])
+        if not parsed(bool, wanted, "other_base"):
+            self._check_base(parsed(samples_from_json, wanted, "samples"))
         self._staging = Staging(manifest, torch.device("cpu"))
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._current = self._previous = -1
@@ -133,8 +134,8 @@ class AdapterApplier:
         if wrong:
             raise MismatchError("The engine would ignore part of the adapter; nothing was touched.", wrong)
 
-    def _check_base(self, text: str) -> None:
-        samples = {n: s for n, s in samples_from_json(text).items() if n not in self._spec.ties}
+    def _check_base(self, found: Mapping[str, WeightSample]) -> None:
+        samples = {n: s for n, s in found.items() if n not in self._spec.ties}
         dtype: torch.dtype = self._engine.model_config.dtype
         manifest = [(name, dtype, sample.shape) for name, sample in samples.items()]
         ranks = int(self._engine.vllm_config.parallel_config.tensor_parallel_size)

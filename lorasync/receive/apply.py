@@ -13,7 +13,7 @@ from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.factors import FactorApplier
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
-from lorasync.receive.staging import check_bucket
+from lorasync.receive.staging import check_bucket, parsed
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
@@ -53,17 +53,16 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
     Raises:
         MismatchError: if what will be pushed does not fit the served model; everything wrong is listed.
     """
-    wanted = json.loads(control.apply)
+    wanted = parsed(json.loads, {"apply": control.apply}, "apply")
     kinds: dict[str, Callable[[], Applier]] = {
         "load": lambda: LoadApplier(control, engine),
         "merge": lambda: FactorApplier(control, engine, wanted),
         "adapter": lambda: AdapterApplier(control, engine, wanted),
     }
-    if wanted.get("kind") not in kinds:
-        raise SyncError(
-            f"apply: got {wanted.get('kind')!r}, expected one of {', '.join(kinds)}. Versions differ."
-        )
-    return kinds[wanted["kind"]]()
+    kind = str(wanted.get("kind")) if isinstance(wanted, dict) else type(wanted).__name__
+    if kind not in kinds:
+        raise SyncError(f"apply: got {kind!r}, expected one of {', '.join(kinds)}. Versions differ.")
+    return kinds[kind]()
 
 
 class LoadApplier:

@@ -18,7 +18,7 @@ from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBas
 from lorasync.receive.identity import Read, check_base
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
-from lorasync.receive.staging import Staging
+from lorasync.receive.staging import Staging, parsed
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
@@ -35,9 +35,9 @@ class FactorApplier:
     changes_weights = True
 
     def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
-        self._spec = FactorSpec.from_json(wanted["spec"])
-        self._samples = samples_from_json(wanted["samples"])
-        self._kind = str(wanted["base"])
+        self._spec = parsed(FactorSpec.from_json, wanted, "spec")
+        self._samples = parsed(samples_from_json, wanted, "samples")
+        self._kind = parsed(str, wanted, "base")
         self._device = engine.device
         self._dtype: torch.dtype = engine.model_config.dtype
         self._edits = _edits_by_weight(self._spec)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
     from lorasync.receive.plan import ManifestEntry
+
+T = TypeVar("T")
 
 
 class Staging:
@@ -49,6 +51,20 @@ class Staging:
 
     def drop(self) -> None:
         self.received = {}
+
+
+def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
+    """A part of the handshake, read.
+
+    Raises:
+        PayloadError: if it is missing or malformed.
+    """
+    try:
+        return read(wanted[key])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise PayloadError(
+            f"handshake, {key}: malformed ({type(error).__name__}: {error}). Nothing was touched."
+        ) from error
 
 
 def check_bucket(

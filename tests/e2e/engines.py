@@ -49,6 +49,10 @@ def greedy(llm: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = 8, **req
 
     wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True)
     outputs = llm.generate(list(prompts), wanted, use_tqdm=False, **request)
+    return answers_of(outputs)
+
+
+def answers_of(outputs: Sequence[Any]) -> Answers:
     return [
         (
             tuple(o.outputs[0].token_ids),

@@ -1,0 +1,245 @@
+"""Ways to break a push: at the source, on the wire, in the policy, in the processes. All through public seams."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorasync import ParamMeta, wire
+
+Item = tuple[str, torch.Tensor]
+
+
+# ------------------------------------------------------------------------------------------ at the source
+
+
+@dataclass
+class Broken:
+    """A source whose stream is not what its metadata says, from some tensor on."""
+
+    source: Any
+    change: Callable[[int, str, torch.Tensor], Iterable[Item]]
+
+    def metadata(self) -> list[ParamMeta]:
+        return self.source.metadata()
+
+    def __iter__(self) -> Iterator[Item]:
+        for index, (name, tensor) in enumerate(self.source):
+            yield from self.change(index, name, tensor)
+
+
+def from_the_middle(source: Any, change: Callable[[str, torch.Tensor], Iterable[Item]]) -> Broken:
+    """Change one tensor, half-way."""
+    middle = len(source.metadata()) // 2
+    return Broken(source, lambda i, name, t: change(name, t) if i == middle else [(name, t)])
+
+
+def raising(error: BaseException) -> Callable[[str, torch.Tensor], Iterable[Item]]:
+    def change(name: str, tensor: torch.Tensor) -> Iterable[Item]:
+        raise error
+
+    return change
+
+
+@dataclass
+class Fixed:
+    """A source over given tensors."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in self.tensors.items()]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.tensors.items())
+
+
+class NoMemory(TorchDispatchMode):
+    """One allocation of the merge fails: the n-th matrix product on this thread."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 2.00 GiB")
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------- on the wire
+
+
+@dataclass
+class Wire:
+    """A `vllm.LLM` whose weight-sync calls can be looked at, altered, or cut off on their way."""
+
+    llm: Any
+    on_bucket: Callable[[dict[str, Any], Path], None] | None = None
+    on_control: Callable[[dict[str, Any]], None] | None = None
+    folder: Path = field(default_factory=Path)
+    buckets: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llm, name)
+
+    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
+        info = dict(request["init_info"])
+        self.folder = Path(info["mailbox"])
+        if info["bucket"] is not None:
+            info["bucket"] = self._altered(info["bucket"])
+        if self.on_control is not None:
+            self.on_control(info)
+        self.llm.init_weight_transfer_engine({"init_info": info})
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self.llm.update_weights({"update_info": self._altered(request["update_info"])})
+
+    def _altered(self, bucket: dict[str, Any]) -> dict[str, Any]:
+        bucket = dict(bucket)
+        if bucket["op"] == "bucket":
+            self.buckets += 1
+            if self.on_bucket is not None:
+                self.on_bucket(bucket, self.folder)
+        return bucket
+
+
+def payload_change(
+    change: Callable[[bytes], bytes], *, bucket: int
+) -> Callable[[dict[str, Any], Path], None]:
+    """Alter the bytes of the n-th bucket (from 1 on), inline or in shared memory."""
+    left = bucket
+
+    def on_bucket(info: dict[str, Any], folder: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            return
+        if info.get("path"):
+            file = folder / info["path"]
+            file.write_bytes(change(file.read_bytes()))
+        else:
+            info["payload"] = change(info["payload"])
+
+    return on_bucket
+
+
+def field_change(*, bucket: int, **fields: Any) -> Callable[[dict[str, Any], Path], None]:
+    left = bucket
+
+    def on_bucket(info: dict[str, Any], folder: Path) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            info.update(fields)
+
+    return on_bucket
+
+
+class Bomb:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+# ------------------------------------------------------------------------------------------ in the policy
+
+
+@contextlib.contextmanager
+def replaced(param: torch.nn.Parameter, data: torch.Tensor) -> Iterator[None]:
+    """Give a parameter other data, and its own back."""
+    kept = param.data
+    param.data = data
+    try:
+        yield
+    finally:
+        param.data = kept
+
+
+def factor(policy: torch.nn.Module, part: str) -> torch.nn.Parameter:
+    """The A or B of one module in the last layer."""
+    return next(
+        p for n, p in policy.named_parameters() if "layers.1.mlp.up_proj" in n and f"lora_{part}" in n
+    )
+
+
+def with_value(param: torch.nn.Parameter, value: float) -> torch.Tensor:
+    data = param.data.clone()
+    data[1, 1] = value
+    return data
+
+
+# --------------------------------------------------------------------------------------- in the processes
+
+
+def children_of(pid: int) -> set[int]:
+    """All processes below this one."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found |= {int(child)} | children_of(int(child))
+    return found
+
+
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() + " " + Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def engine_core_of(llm: Any) -> int:
+    """The process id of the engine core."""
+    (process,) = llm.llm_engine.engine_core.resources.engine_manager.processes
+    return int(process.pid)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def shared_memory(*, owner: int | None = None) -> set[Path]:
+    """The folders of a process in shared memory (this one's), and the files in them."""
+    pid = str(os.getpid() if owner is None else owner)
+    found: set[Path] = set()
+    for folder in wire.shared_memory_root().glob("lorasync-*"):
+        with contextlib.suppress(OSError):
+            if (folder / "owner").read_text().strip() == pid:
+                found |= {folder, *folder.rglob("*")}
+    return found
+
+
+def worker_of(llm: Any) -> int:
+    """The process id of the (only) worker."""
+    (worker,) = [pid for pid in children_of(engine_core_of(llm)) if "Worker" in command_of(pid)]
+    return worker
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether this process may mount a small file system of its own (root in a container often may not)."""
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {folder} 2>/dev/null"):
+        return False
+    return os.system(f"umount {folder}") == 0
+
+
+@contextlib.contextmanager
+def full(folder: Path, *, size: str) -> Iterator[None]:
+    """A real small file system over the folder."""
+    assert os.system(f"mount -t tmpfs -o size={size},mode=0700 tmpfs {folder}") == 0
+    try:
+        yield
+    finally:
+        assert os.system(f"umount {folder}") == 0

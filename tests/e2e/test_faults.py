@@ -1,0 +1,598 @@
+"""The fault table: every row breaks one thing of a push into a real vLLM, and docs/reliability.md shows the outcomes.
+
+After each fault: the promised error; the training model bit-identical; the promised version served (token ids and
+log-probabilities); a clean push recovers; nothing is left behind. ``LORASYNC_WRITE_RELIABILITY=1`` writes the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorasync as ls
+from lorasync.errors import (
+    AdapterError,
+    EngineClosedError,
+    EngineDeadError,
+    ExportError,
+    MismatchError,
+    NonFiniteError,
+    PayloadError,
+    PushInProgressError,
+    SyncError,
+)
+from lorasync.export import merge_to_disk
+from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
+from lorasync.verify import logprob_gap, model_digest
+from tests import models
+from tests.e2e import reliability_page
+from tests.e2e.dying_trainer import Calls, serve_until_gone
+from tests.e2e.engines import PROMPTS, Answers, answers_of, greedy, running_llm
+from tests.e2e.faults import (
+    Bomb,
+    Broken,
+    Fixed,
+    NoMemory,
+    Wire,
+    engine_core_of,
+    factor,
+    field_change,
+    from_the_middle,
+    full,
+    kill,
+    may_mount,
+    payload_change,
+    raising,
+    replaced,
+    shared_memory,
+    with_value,
+    worker_of,
+)
+from tests.e2e.test_push_factors import tiny
+
+pytestmark = pytest.mark.timeout(200)
+STRATEGIES = ("merged", "factors", "adapter")
+KEPT, CLOSED, RESTART = "K", "Q", "R"
+
+
+# ------------------------------------------------------------------------------------------- the bench
+
+
+@dataclass
+class Bench:
+    """One engine, one policy, and a connection; `served` is what the engine must answer right now."""
+
+    strategy: str
+    policy: Any
+    wire: Wire
+    base: str
+    tmp: Path
+    sync: Sync = None  # type: ignore[assignment]
+    answers: dict[int, Answers] = None  # type: ignore[assignment]
+    version_seed: int = 0
+    finished: Answers = None  # type: ignore[assignment]
+
+    def source(self, policy: Any = None) -> Any:
+        policy = self.policy if policy is None else policy
+        return ls.MergedSource(policy) if self.strategy == "merged" else ls.FactorSource(policy)
+
+    def apply(self) -> Any:
+        return {"merged": None, "factors": MergeInWorker(base="device"), "adapter": ServeAdapter("policy")}[
+            self.strategy
+        ]
+
+    def connect(self, source: Any = None, wire: Any = None) -> Sync:
+        return connect(
+            self.source() if source is None else source,
+            self.wire if wire is None else wire,
+            self.apply(),
+            timeout=60,
+            bucket_bytes=1 << 20,
+        )
+
+    def push(self, seed: int) -> None:
+        models.move(self.policy, seed=seed)
+        self.sync.source = self.source()
+        self.sync.send_weights()
+        self.version_seed = seed
+
+    def serves(self, seed: int) -> bool:
+        return greedy(self.wire, **self.sync.request()) == self.answers[seed]
+
+    def ready(self) -> None:
+        """Version "seed 0" is served, and the policy has moved on to what the next push would bring."""
+        self.wire.on_bucket = self.wire.on_control = None
+        try:
+            if self.version_seed != 0:
+                self.push(0)
+            assert self.serves(0)
+        except (SyncError, AssertionError):  # the row before has failed: don't let it spoil this one
+            self.sync.shutdown()
+            self.sync = self.connect()
+            self.push(0)
+        models.move(self.policy, seed=1)
+        self.version_seed = 0
+
+
+@pytest.fixture(scope="module")
+def base(smollm2, tmp_path_factory) -> str:
+    return models.save(
+        models.tiny_llama(vocab_size=49152), tmp_path_factory.mktemp("base"), tokenizer=smollm2
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(base) -> Iterator[Any]:
+    """One engine in a process of its own serves all rows but those that end it."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    with running_llm(base, dtype="float32", **lora) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module", params=["adapter", "factors", "merged"])
+def bench(request, engine, base, tmp_path_factory) -> Iterator[Bench]:
+    made = Bench(request.param, tiny(base), Wire(engine), base, tmp_path_factory.mktemp("bench"))
+    made.sync, made.answers = made.connect(), {}
+    for seed in (1, 0):
+        made.push(seed)
+        made.answers[seed] = greedy(made.wire, **made.sync.request())
+        assert logprob_gap(made.policy, made.wire, PROMPTS, request=made.sync.request()).max < 0.001
+    assert made.answers[0] != made.answers[1]
+    yield made
+    made.sync.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page() -> Iterator[reliability_page.Page]:
+    """The outcomes of this run, for docs/reliability.md."""
+    found = reliability_page.Page()
+    yield found
+    if os.environ.get("LORASYNC_WRITE_RELIABILITY"):
+        found.write()
+
+
+# -------------------------------------------------------------------------------------------- the rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault of a push, or of a handshake.
+
+    Attributes:
+        what: what is injected, as the page says it.
+        error: the type that is promised.
+        message: what the message must say.
+        inject: puts the fault in place for as long as the context lasts.
+        state: what is promised afterwards, by strategy; a strategy that is not named is not affected.
+        act: what the trainer does; `send_weights` by default.
+        sends_nothing: not one byte may have reached the engine.
+    """
+
+    what: str
+    error: type[BaseException]
+    message: str
+    inject: Callable[[Bench], Any]
+    state: dict[str, str]
+    act: Callable[[Bench], Any] = lambda bench: bench.sync.send_weights()
+    sends_nothing: bool = False
+
+
+MIDDLE = {"merged": CLOSED, "factors": KEPT, "adapter": KEPT}
+NOWHERE = {"merged": KEPT, "factors": KEPT, "adapter": KEPT}
+FACTORS = {"factors": KEPT, "adapter": KEPT}
+MERGED = {"merged": KEPT}
+
+
+@contextlib.contextmanager
+def _source(bench: Bench, change: Any) -> Iterator[None]:
+    bench.sync.source = from_the_middle(bench.source(), change)
+    try:
+        yield
+    finally:
+        bench.sync.source = bench.source()
+
+
+@contextlib.contextmanager
+def _on_wire(bench: Bench, **hooks: Any) -> Iterator[None]:
+    for name, hook in hooks.items():
+        setattr(bench.wire, name, hook)
+    try:
+        yield
+    finally:
+        bench.wire.on_bucket = bench.wire.on_control = None
+
+
+def _wanted() -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True)
+
+
+def _n_of_bucket(bench: Bench) -> int:
+    """Factors fit into one bucket; a merged push is hit in its third."""
+    return 3 if bench.strategy == "merged" else 1
+
+
+def _payload(bench: Bench, change: Callable[[bytes], bytes]) -> Any:
+    return _on_wire(bench, on_bucket=payload_change(change, bucket=_n_of_bucket(bench)))
+
+
+def _flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def _pickled(bench: Bench) -> Any:
+    return _payload(bench, lambda _: pickle.dumps(Bomb(bench.tmp / "unpickled")))
+
+
+def _param(part: str, value: float) -> Callable[[Bench], Any]:
+    return lambda b: replaced(factor(b.policy, part), with_value(factor(b.policy, part), value))
+
+
+def _shard(bench: Bench) -> Any:
+    return replaced(factor(bench.policy, "B"), torch.empty(0))
+
+
+def _rank(bench: Bench) -> Any:
+    stack = contextlib.ExitStack()
+    a, b = factor(bench.policy, "A"), factor(bench.policy, "B")
+    stack.enter_context(replaced(a, torch.randn(4, a.shape[1])))
+    stack.enter_context(replaced(b, torch.randn(b.shape[0], 4)))
+    return stack
+
+
+@contextlib.contextmanager
+def _scaling(bench: Bench) -> Iterator[None]:
+    layer = bench.policy.get_base_model().model.layers[1].mlp.up_proj
+    layer.scaling["default"] *= 2
+    try:
+        yield
+    finally:
+        layer.scaling["default"] /= 2
+
+
+@contextlib.contextmanager
+def _merged_in_place(bench: Bench) -> Iterator[None]:
+    layer = bench.policy.get_base_model().model.layers[1].mlp.up_proj
+    kept = layer.base_layer.weight.data.clone()
+    layer.merge()
+    try:
+        yield
+    finally:
+        layer.unmerge()
+        layer.base_layer.weight.data.copy_(kept)
+
+
+@contextlib.contextmanager
+def _full_shared_memory(bench: Bench) -> Iterator[None]:
+    """A real file system of 64 KB over the connection's folder, or else what a full one does at the first call."""
+    folder = bench.wire.folder
+    with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as stack:
+        patched.setattr("lorasync.push.payload.INLINE_LIMIT", 0)
+        if may_mount(bench.tmp):
+            stack.enter_context(full(folder, size="64k"))
+        else:
+            patched.setattr(os, "posix_fallocate", _no_space)
+        yield
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@contextlib.contextmanager
+def _other_base(bench: Bench) -> Iterator[None]:
+    weight = bench.policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    with replaced(weight, weight.data * 1.5):
+        yield
+
+
+def _connect_anew(bench: Bench) -> None:
+    with bench.connect():
+        pass
+
+
+def _connect_with(bench: Bench, source: Any) -> None:
+    with bench.connect(source):
+        pass
+
+
+def _other_architecture(bench: Bench) -> None:
+    other = models.with_adapter(models.tiny_llama(vocab_size=49152, num_hidden_layers=3, hidden_size=64))
+    _connect_with(bench, bench.source(other))
+
+
+def _changed_names(bench: Bench, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    tensors = {n: t for name, tensor in bench.source() for n, t in change(name, tensor).items()}
+    _connect_with(bench, Fixed(tensors))
+
+
+def _push_twice(bench: Bench) -> None:
+    """A second push while the first is in its source; the first one goes through."""
+    inside, go_on, failed = threading.Event(), threading.Event(), []
+
+    def wait(index: int, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        if index == 1:
+            inside.set()
+            assert go_on.wait(30)
+        return [(name, tensor)]
+
+    bench.sync.source = Broken(bench.source(), wait)
+
+    def first() -> None:
+        try:
+            bench.sync.send_weights()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(30)
+    try:
+        bench.sync.send_weights()
+    finally:
+        go_on.set()
+        thread.join(60)
+        assert not failed, failed
+        assert bench.serves(1)  # what the first push brought
+        bench.push(0)
+        models.move(bench.policy, seed=1)
+
+
+@contextlib.contextmanager
+def _generating(bench: Bench) -> Iterator[None]:
+    bench.wire.llm.enqueue(list(PROMPTS), _wanted(), use_tqdm=False, **bench.sync.request())
+    try:
+        yield
+    finally:
+        bench.finished = answers_of(bench.wire.llm.wait_for_completion(use_tqdm=False))
+
+
+ROWS = (
+    Row("the source raises in the middle", ConnectionError, "the trainer died here",
+        lambda b: _source(b, raising(ConnectionError("the trainer died here"))), MIDDLE),
+    Row("out of memory while merging or copying (trainer)", torch.OutOfMemoryError, "out of memory",
+        lambda b: NoMemory(after=3), {"merged": CLOSED}),
+    Row("a name twice in the stream", MismatchError, "a second time",
+        lambda b: _source(b, lambda n, t: [(n, t), (n, t)]), MIDDLE),
+    Row("a tensor missing in the stream", PayloadError, "never came",
+        lambda b: _source(b, lambda n, t: []), MIDDLE),
+    Row("an unknown name in the stream", MismatchError, r"elsewhere.*only names of the handshake",
+        lambda b: _source(b, lambda n, t: [("elsewhere." + n, t)]), MIDDLE),
+    Row("a tensor of another shape in the stream", MismatchError, r"got float32 \(.*expected float32 \(",
+        lambda b: _source(b, lambda n, t: [(n, torch.cat([t, t]))]), MIDDLE),
+    Row("a tensor of another dtype in the stream", MismatchError, r"got float64 .*expected float32",
+        lambda b: _source(b, lambda n, t: [(n, t.double())]), MIDDLE),
+    Row("NaN in A", NonFiniteError, "NaN or Inf", _param("A", float("nan")), NOWHERE, sends_nothing=True),
+    Row("NaN in B", NonFiniteError, "NaN or Inf", _param("B", float("nan")), NOWHERE, sends_nothing=True),
+    Row("Inf in A", NonFiniteError, "NaN or Inf", _param("A", float("inf")), NOWHERE, sends_nothing=True),
+    Row("-Inf in B", NonFiniteError, "NaN or Inf", _param("B", float("-inf")), NOWHERE, sends_nothing=True),
+    Row("an empty tensor for a factor (an ungathered ZeRO-3 shard)", MismatchError, r"up_proj", _shard, NOWHERE),
+    Row("the adapter's rank changes after the handshake", MismatchError, r"up_proj.*connect\(\) again", _rank,
+        FACTORS),
+    Row("the adapter's scaling changes after the handshake", MismatchError, r"scaling", _scaling, FACTORS,
+        sends_nothing=True),
+    Row("the adapter is merged in place", AdapterError, "merged", _merged_in_place, NOWHERE, sends_nothing=True),
+    Row("the payload is cut short", PayloadError, "safetensors", lambda b: _payload(b, lambda d: d[:-1]), MIDDLE),
+    Row("one bit of the payload is flipped", PayloadError, "digest", lambda b: _payload(b, _flipped), MIDDLE),
+    Row("the payload's header lies about its length", PayloadError, "safetensors",
+        lambda b: _payload(b, lambda d: b"\xff" * 8 + d[8:]), MIDDLE),
+    Row("the payload is a pickle", PayloadError, "safetensors", _pickled, MIDDLE),
+    Row("the payload names a file outside of its folder", PayloadError, "file name",
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), path="../../etc/passwd")), MIDDLE),
+    Row("the payload's file is gone", PayloadError, "safetensors",
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), path="gone.safetensors")), MIDDLE),
+    Row("a payload without its digest", PayloadError, "digest",
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), digest="")), MIDDLE),
+    Row("a message of another type", SyncError, "expected",
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), version="1")), MIDDLE),
+    Row("shared memory is full", SyncError, r"shared memory is full.*bucket_bytes", _full_shared_memory, NOWHERE),
+    Row("two pushes at once on one connection", PushInProgressError, "unaffected",
+        lambda b: contextlib.nullcontext(), NOWHERE, act=_push_twice),
+    Row("a push of weights during generation", SyncError, "requests in flight.*between generate",
+        _generating, {"merged": KEPT, "factors": KEPT}),
+    Row("another protocol version on the other side", MismatchError, "Install the same version on both sides",
+        lambda b: _on_wire(b, on_control=lambda info: info.update(protocol=999)), NOWHERE, act=_connect_anew,
+        sends_nothing=True),
+    Row("another base than the one trained on", MismatchError, r"layers\.0\.mlp\.up_proj.*base|base.*layers\.0",
+        _other_base, FACTORS, act=_connect_anew, sends_nothing=True),
+    Row("a model of another architecture", MismatchError, r"nothing was touched", lambda b: contextlib.nullcontext(),
+        NOWHERE, act=_other_architecture, sends_nothing=True),
+    Row("a name missing in the handshake", MismatchError, r"norm",
+        lambda b: contextlib.nullcontext(), MERGED, sends_nothing=True,
+        act=lambda b: _changed_names(b, lambda n, t: {} if "layers.1.input_layernorm" in n else {n: t})),
+    Row("PEFT's names instead of the checkpoint's", MismatchError, r"checkpoint_name",
+        lambda b: contextlib.nullcontext(), MERGED, sends_nothing=True,
+        act=lambda b: _changed_names(b, lambda n, t: {f"base_model.model.{n}": t})),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
+def test_a_fault_has_the_promised_outcome(row: Row, bench: Bench, page: reliability_page.Page) -> None:
+    if bench.strategy not in row.state:
+        pytest.skip("not a fault of this strategy")
+    bench.ready()
+    kept, before, sent = model_digest(bench.policy), shared_memory(), bench.wire.buckets
+    began = time.monotonic()
+    with pytest.raises(row.error, match=f"(?s){row.message}") as caught, row.inject(bench):
+        row.act(bench)
+    seconds = time.monotonic() - began
+    assert model_digest(bench.policy) == kept, "the training model changed"
+    if row.sends_nothing:
+        assert bench.wire.buckets == sent, "bytes were sent"
+    if row.state[bench.strategy] == CLOSED:
+        with pytest.raises(EngineClosedError, match=r"Call send_weights\(\) again"):
+            bench.sync.request()
+    else:
+        assert bench.serves(0), "the version before is not served"
+    bench.push(1)
+    assert bench.serves(1), "a clean push did not recover"
+    assert shared_memory() == before, "something is left in shared memory"
+    assert _adapters(bench) <= 2, "adapters are left in the engine"
+    assert not (bench.tmp / "unpickled").exists()
+    page.add(row.what, bench.strategy, type(caught.value), row.state[bench.strategy], seconds)
+
+
+def _adapters(bench: Bench) -> int:
+    return sum(number > 1_000_000 for number in bench.wire.llm_engine.list_loras())
+
+
+def test_an_adapter_pushed_during_generation_leaves_requests_in_flight_their_version(bench: Bench) -> None:
+    if bench.strategy != "adapter":
+        pytest.skip("weights that change need an engine that stands still: see the row")
+    bench.ready()
+    with _generating(bench):
+        bench.sync.send_weights()
+    assert bench.finished == bench.answers[0]
+    bench.version_seed = 1
+    assert bench.serves(1)
+
+
+def test_an_adapter_over_weights_that_a_push_has_changed_is_refused(bench: Bench, page: Any) -> None:
+    """Packed weights can't be read back, so nothing else would notice: the update would be served twice."""
+    if bench.strategy != "merged":
+        pytest.skip("needs weights that were pushed")
+    bench.ready()
+    with pytest.raises(SyncError, match="earlier push") as caught:
+        connect(ls.FactorSource(bench.policy), bench.wire, ServeAdapter("policy"), timeout=60)
+    assert bench.serves(0)
+    page.add("an adapter over weights that a push has changed", "adapter", type(caught.value), KEPT, 0.0)
+
+
+def test_a_trainer_killed_in_the_middle_of_a_push(engine, base, tmp_path, page: Any) -> None:
+    """The engine knows that its weights are torn, and says so to the next trainer, whose push recovers."""
+    policy = tiny(base)
+    with connect(ls.MergedSource(policy), engine, timeout=60) as sync:
+        sync.send_weights()
+        expected = greedy(engine)
+    address = str(tmp_path / "calls")
+    with Listener(address) as listener:
+        trainer = subprocess.Popen([sys.executable, "-m", "tests.e2e.dying_trainer", address, base])
+        calls = serve_until_gone(listener, Calls(engine))
+    assert trainer.wait(30) == -signal.SIGKILL
+    assert calls[:2] == ["init_weight_transfer_engine", "start_weight_update"]
+    assert "update_weights" in calls
+    assert "finish_weight_update" not in calls
+    assert shared_memory(owner=trainer.pid), "nothing was left to be swept"
+    with connect(ls.MergedSource(policy), engine, timeout=60) as sync:
+        assert not shared_memory(owner=trainer.pid)
+        with pytest.raises(EngineClosedError, match=r"died half-way.*Call send_weights\(\) again") as caught:
+            sync.request()
+        sync.send_weights()
+        assert greedy(engine, **sync.request()) == expected
+    page.add("the trainer is killed in the middle of a push", "merged", type(caught.value), CLOSED, 0.0)
+
+
+def test_a_full_disk_ends_a_merge_to_disk_and_leaves_nothing(base, tmp_path, page: Any) -> None:
+    policy = tiny(base)
+    kept, limits = model_digest(policy), resource.getrlimit(resource.RLIMIT_FSIZE)
+    began = time.monotonic()
+    try:  # the limit of a file's size fails as a full disk does: in the middle of a write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+        with pytest.raises(ExportError, match="begun is removed") as caught:
+            merge_to_disk(policy, tmp_path / "merged", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    seconds = time.monotonic() - began
+    assert list(tmp_path.iterdir()) == []
+    assert model_digest(policy) == kept
+    merge_to_disk(policy, tmp_path / "merged", progress=False)
+    page.add("the disk gets full (lorasync merge)", "no engine", type(caught.value), KEPT, seconds)
+
+
+# ---------------------------------------------------------------------------- the engine, or a part of it, dies
+
+
+def _killing(bench: Bench, pid: Callable[[Any], int], when: str) -> dict[str, Any]:
+    """Hooks that kill a process of the engine at a point of the push."""
+
+    def on_control(info: dict[str, Any]) -> None:
+        if info["op"] == when:
+            kill(pid(bench.wire.llm))
+
+    def on_bucket(info: dict[str, Any], folder: Path) -> None:
+        if when == "bucket":
+            kill(pid(bench.wire.llm))
+
+    return {"on_control": on_control, "on_bucket": on_bucket}
+
+
+DEATHS = (
+    pytest.param("the engine core is killed in the middle of a push", "merged", engine_core_of, "bucket"),
+    pytest.param("a worker is killed before staging", "factors", worker_of, "bucket", marks=pytest.mark.soak),
+    pytest.param("a worker is killed after staging, before the commit", "factors", worker_of, "commit",
+                 marks=pytest.mark.soak),
+    pytest.param("the engine core is killed at the commit", "adapter", engine_core_of, "commit", marks=pytest.mark.soak),
+)  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("what", "strategy", "pid", "when"), DEATHS)
+def test_a_dead_engine_is_named_at_once_and_a_new_one_recovers(
+    what: str, strategy: str, pid: Any, when: str, base: str, tmp_path: Path, page: reliability_page.Page
+) -> None:
+    bench, before = Bench(strategy, tiny(base), Wire(None), base, tmp_path), shared_memory()
+    settings = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    with running_llm(base, **settings) as llm:
+        bench.wire.llm = llm
+        bench.sync = bench.connect()
+        bench.push(0)
+        expected = greedy(llm, **bench.sync.request())
+        behind_url = Calls(llm)
+        if strategy == "merged":
+            remote = connect(bench.source(), behind_url, timeout=60)
+            remote.send_weights()
+            bench.sync = bench.connect()
+        kept = model_digest(bench.policy)
+        began = time.monotonic()
+        with (
+            pytest.raises(EngineDeadError, match=r"died.*Restart the engine, connect\(\) again") as caught,
+            _on_wire(bench, **_killing(bench, pid, when)),
+        ):
+            bench.sync.send_weights()
+        seconds = time.monotonic() - began
+        assert seconds < 30
+        assert model_digest(bench.policy) == kept
+        with pytest.raises(EngineDeadError, match="Restart the engine"):
+            bench.sync.send_weights()
+        bench.sync.shutdown()
+    page.add(what, strategy, type(caught.value), RESTART, seconds)
+    with running_llm(base, **settings) as llm:
+        bench.wire.llm = behind_url.llm = llm
+        if strategy == "merged":
+            with pytest.raises(SyncError, match=r"restarted.*connect\(\) again") as caught:
+                remote.send_weights()
+            remote.shutdown()
+            page.add("the engine is restarted between pushes", strategy, type(caught.value), RESTART, 0.0)
+        bench.sync = bench.connect()
+        bench.push(0)
+        assert greedy(llm, **bench.sync.request()) == expected
+        bench.sync.shutdown()
+    assert shared_memory() == before
+
+
+def test_every_row_and_strategy_is_on_the_page() -> None:
+    expected = {(row.what, strategy) for row in ROWS for strategy in row.state}
+    expected |= {param.values[:2] for param in DEATHS}
+    expected |= {
+        ("an adapter over weights that a push has changed", "adapter"),
+        ("the trainer is killed in the middle of a push", "merged"),
+        ("the disk gets full (lorasync merge)", "no engine"),
+        ("the engine is restarted between pushes", "merged"),
+    }
+    assert reliability_page.rows_of_the_page() == expected
