@@ -168,7 +168,8 @@ def test_merging_in_blocks_of_rows_is_merging_at_once(
         at_once = M.merge_low_rank(how, base, a, b).to(base_dtype)
         blocks = M.merge_and_round(how, base, a, b, dtype=base_dtype, scratch=scratch)
         assert same_bits(blocks, at_once)
-        scratch.take(out, inner, a.float()).fill_(float("nan"))  # the result has memory of its own; the next starts from this
+        # The result has memory of its own, and what is left in the scratch does not matter to the next.
+        scratch.take(out, inner, a.float()).fill_(float("nan"))
         assert same_bits(blocks, at_once)
 
 
