@@ -54,12 +54,16 @@ class EngineSession:
 
     def hello(self, apply: str, manifest: str) -> None:
         """Shake hands: everything is checked against the served model before anything is sent."""
+        call = self._next_call()
         try:
-            replies = self.control("hello", apply=apply, manifest=manifest, in_flight=self.in_flight())
+            replies = self.control(
+                "hello", call=call, apply=apply, manifest=manifest, in_flight=self.in_flight()
+            )
+            self.ranks = max((int(r["world_size"]) for r in replies.values()), default=0)
+            replies = self._replies_to(call, replies)  # how many to wait for is known only now
         except BaseException:
             self._remove()
             raise
-        self.ranks = max((int(r["world_size"]) for r in replies.values()), default=0)
         self.capacity = min((int(r.get("capacity", 0)) for r in replies.values()), default=0)
         self._learn(replies)
 
@@ -212,16 +216,16 @@ class EngineSession:
             raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
         if not call or not at_once:
             return {}
-        replies = self._mailbox.collect(call)
-        silent = sorted(set(range(self.ranks)) - replies.keys()) if self.ranks else []
-        if silent:
-            raise SyncError(f"worker ranks {silent} of {self.ranks} took the call but did not answer.")
-        return replies
+        return self._replies_to(call)
 
-    def _replies_to(self, call: int) -> Replies:
-        """Wait for the answers to a call that the workers do beside their other work."""
+    def _replies_to(self, call: int, known: Replies | None = None) -> Replies:
+        """Wait for the answers of all ranks, which may come after vLLM's own call has returned.
+
+        A rank that stages beside the engine's work answers when it is done. And vLLM gives a call up at the first rank
+        that fails and leaves the other answers unread, so that all its later calls return before those ranks are done.
+        """
         deadline, pause, checked = time.monotonic() + self._timeout, 0.0005, time.monotonic()
-        replies: Replies = {}
+        replies: Replies = dict(known or {})
         while True:
             replies |= self._mailbox.collect(call)
             _raise_failed(replies)

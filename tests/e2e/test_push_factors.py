@@ -112,6 +112,10 @@ def test_another_base_is_refused_with_the_ways_out(engine, base):
     policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.data.mul_(1.5)
     with pytest.raises(MismatchError, match=r"layers\.0\.mlp\.up_proj.*checkpoint that was trained on"):
         connect(ls.FactorSource(policy), llm, MergeInWorker(base="checkpoint"))
+    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    with connect(ls.FactorSource(tiny(base, dtype)), llm, MergeInWorker(base="checkpoint")) as sync:
+        for _ in range(20):  # a refusal leaves the ranks able to answer
+            assert sync.send_weights().ranks == ranks
 
 
 def test_a_qlora_policy_needs_its_own_base_and_is_exact_with_it(smollm2, tmp_path):
