@@ -98,7 +98,6 @@ class Control:
     expected: int = 0
     in_flight: tuple[int, ...] = ()
     background: bool = False
-    take_over: bool = False
     bucket: Any = None
 
     def __post_init__(self) -> None:
@@ -108,7 +107,7 @@ class Control:
         _check_types({n: getattr(self, n) for n in ("protocol", "call", "version", "expected")}, int)
         in_flight = list(self.in_flight) if isinstance(self.in_flight, (list, tuple)) else [self.in_flight]
         _check_types({f"in_flight[{n}]": number for n, number in enumerate(in_flight)}, int)
-        _check_types({"background": self.background, "take_over": self.take_over}, bool)
+        _check_types({"background": self.background}, bool)
         _check_types({} if self.bucket is None else {"bucket": self.bucket}, dict)
 
 

@@ -136,14 +136,7 @@ def scalings(source: Any) -> dict[str, float]:
 
     if not isinstance(source, FactorSource):
         return {}
-    model: Any = source.model
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
-    chosen = active[0] if source.adapter is None else source.adapter
-    return {
-        name: float(layer.scaling[chosen])
-        for name, layer in model.named_modules()
-        if isinstance(getattr(layer, "scaling", None), dict) and chosen in layer.scaling
-    }
+    return source.scalings()
 
 
 def check_scalings(handshake: dict[str, float], now: dict[str, float]) -> None:

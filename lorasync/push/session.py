@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorasync import __version__
 from lorasync.errors import LorasyncError, SyncError, SyncTimeoutError
-from lorasync.wire import ADAPTER_IDS, PROTOCOL, Control, Mailbox, Update, error_from_dict
+from lorasync.wire import ADAPTER_IDS, PROTOCOL, Control, ControlOp, Mailbox, Update, error_from_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lorasync.push.target import Target
 
 Replies = dict[int, dict[str, Any]]
-ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "digest", "goodbye"]
 
 
 class EngineSession:

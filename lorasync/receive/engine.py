@@ -197,9 +197,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         try:
             return message(Update, update_dict)
         except PayloadError:
-            if (
-                self._applier is not None
-            ):  # vLLM ends the update here, so that no word of the trainer's comes any more
+            # VLLM ends the update here, so that no word of the trainer's comes any more.
+            if self._applier is not None:
                 self._abort(self._applier)
             raise
 

@@ -240,6 +240,15 @@ class FactorSource:
             base_changed_by=_mutating_init(config),
         )
 
+    def scalings(self) -> dict[str, float]:
+        """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
+        adapter = self._adapter()
+        return {
+            name: float(layer.scaling[adapter])
+            for name, layer in self.model.named_modules()
+            if isinstance(getattr(layer, "scaling", None), dict) and adapter in layer.scaling
+        }
+
     def packed_base(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the quantized base weights that the adapter was trained on, still packed.
 

@@ -130,13 +130,6 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def base(smollm2, tmp_path_factory) -> str:
-    return models.save(
-        models.tiny_llama(vocab_size=49152), tmp_path_factory.mktemp("base"), tokenizer=smollm2
-    )
-
-
-@pytest.fixture(scope="module")
 def engine(base) -> Iterator[Any]:
     """One engine in a process of its own serves all rows but those that end it."""
     lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}

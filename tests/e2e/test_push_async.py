@@ -19,13 +19,6 @@ PUSHES = 6
 
 
 @pytest.fixture(scope="module")
-def base(smollm2, tmp_path_factory) -> str:
-    return models.save(
-        models.tiny_llama(vocab_size=49152), tmp_path_factory.mktemp("base"), tokenizer=smollm2
-    )
-
-
-@pytest.fixture(scope="module")
 def expected(base) -> dict[int, list[tuple[int, ...]]]:
     """What each version answers, from an engine that is pushed to while nothing runs."""
     answers = {}

@@ -25,13 +25,6 @@ def tiny(path: str, dtype: torch.dtype = torch.float32, **adapter):
     return models.with_adapter(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), **adapter)
 
 
-@pytest.fixture(scope="module")
-def base(smollm2, tmp_path_factory) -> str:
-    return models.save(
-        models.tiny_llama(vocab_size=49152), tmp_path_factory.mktemp("base"), tokenizer=smollm2
-    )
-
-
 def oracle(policy, path: str, out: Path, *, dtype: str = "float32", **settings):
     """What a fresh engine answers that loads PEFT's merged checkpoint."""
     with running_llm(merged_checkpoint(policy, path, out), backend=None, dtype=dtype, **settings) as fresh:
