@@ -65,6 +65,17 @@ def reload_end(layer: torch.nn.Module, model_config: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
     finalize_layerwise_reload(layer, model_config)
+    _prepack_experts_for_cpu(layer)
+
+
+def _prepack_experts_for_cpu(layer: torch.nn.Module) -> None:
+    """On a CPU vLLM packs experts when their kernel is first set up, and not again after a reload (read in 0.32)."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    held: Any = layer
+    method: Any = getattr(layer, "quant_method", None)
+    if type(method) is UnquantizedFusedMoEMethod and held.w13_weight.device.type == "cpu":
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def reload_undo(layer: torch.nn.Module) -> None:
