@@ -1,0 +1,69 @@
+"""What processes hold, and whether it grows with the number of pushes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from lorasync import wire
+from tests.e2e.faults import shared_memory
+
+Held = Mapping[str, float]
+MOST_PER_PUSH = {"RSS in KB": 4.0}
+"""What may be added by a push; of everything that is counted, nothing may."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was held after so many pushes."""
+
+    pushes: int
+    held: Held
+
+
+def held_by(processes: Mapping[str, int]) -> dict[str, float]:
+    """Memory, file handles, threads and mapped payloads of each process, and our files in shared memory."""
+    found: dict[str, float] = {}
+    for name, pid in processes.items():
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        found |= {
+            f"{name}: RSS in KB": _rss_in_kb(pid),
+            f"{name}: file handles": _entries(f"/proc/{pid}/fd"),
+            f"{name}: threads": _entries(f"/proc/{pid}/task"),
+            f"{name}: mapped payloads": sum(
+                f"{wire.shared_memory_root()}/lorasync-" in line for line in maps
+            ),
+        }
+    files = [path for path in shared_memory() if path.is_file()]
+    found["shared memory: files"] = len(files)
+    found["shared memory: bytes"] = sum(path.stat().st_size for path in files)
+    return found
+
+
+def per_push(samples: Sequence[Sample]) -> dict[str, float]:
+    """By how much each number grows with a push: the median slope over all pairs of samples (Theil and Sen)."""
+    pairs = [(a, b) for i, a in enumerate(samples) for b in samples[i + 1 :]]
+    return {
+        name: median((b.held[name] - a.held[name]) / (b.pushes - a.pushes) for a, b in pairs)
+        for name in samples[0].held
+    }
+
+
+def growing(samples: Sequence[Sample]) -> dict[str, float]:
+    """What grows by more than it may, and by how much a push."""
+    return {name: slope for name, slope in per_push(samples).items() if slope > _most(name)}
+
+
+def _most(name: str) -> float:
+    return MOST_PER_PUSH.get(name.partition(": ")[2], 0.0)
+
+
+def _entries(folder: str) -> int:
+    return sum(1 for _ in Path(folder).iterdir())
+
+
+def _rss_in_kb(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024

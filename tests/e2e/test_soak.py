@@ -1,0 +1,111 @@
+"""A thousand pushes with each strategy leave everything as it was; ``make soak`` writes what was measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasync as ls
+from lorasync.push import MergeInWorker, ServeAdapter, connect
+from lorasync.verify import model_digest
+from tests import models
+from tests.e2e import soak_results
+from tests.e2e.engines import Answers, greedy, running_llm
+from tests.e2e.faults import engine_core_of, worker_of
+from tests.e2e.growth import Sample, growing, held_by
+from tests.e2e.oracle import merged_checkpoint
+from tests.e2e.test_push_factors import tiny
+
+PUSHES, WARM_UP, EVERY = 1_000, 200, 50
+STRATEGIES: dict[str, Any] = {
+    "merged": None,
+    "factors": MergeInWorker(base="device"),
+    "adapter": ServeAdapter("policy"),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(base, tmp_path_factory) -> Answers:
+    """What a fresh engine answers that loads PEFT's own merged checkpoint of the adapter of seed 0."""
+    checkpoint = merged_checkpoint(tiny(base), base, tmp_path_factory.mktemp("oracle"))
+    with running_llm(checkpoint, backend=None, dtype="float32") as oracle:
+        return greedy(oracle)
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[soak_results.Results]:
+    found = soak_results.Results({"pushes": PUSHES, "warm_up": WARM_UP, "sampled_every": EVERY})
+    yield found
+    if os.environ.get("LORASYNC_WRITE_SOAK"):
+        found.write()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_thousand_pushes_leave_nothing_behind(strategy, base, expected, results, monkeypatch):
+    policy = tiny(base)
+    source = ls.MergedSource(policy) if strategy == "merged" else ls.FactorSource(policy)
+    kept, samples = model_digest(policy), []
+    slots = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2} if strategy == "adapter" else {}
+    with (
+        running_llm(base, dtype="float32", **slots) as llm,
+        connect(source, llm, STRATEGIES[strategy], timeout=60) as sync,
+    ):
+        processes = {"trainer": os.getpid(), "core": engine_core_of(llm), "worker": worker_of(llm)}
+        began = time.perf_counter()
+        for push in range(1, PUSHES + 1):
+            inline_limit = (0, 4 << 20)[push % 2]  # through a file, and in the call
+            monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", inline_limit)
+            models.move(policy, seed=0 if push % EVERY == 0 else push)
+            sync.send_weights()
+            if push % EVERY == 0:
+                _check_answers(greedy(llm, **sync.request()), expected, exactly=strategy != "adapter")
+                adapters = {"engine: adapters": len(llm.llm_engine.list_loras()) if slots else 0}
+                samples.append(Sample(push, held_by(processes) | adapters))
+        seconds = time.perf_counter() - began
+    assert model_digest(policy) == kept
+    steady = [sample for sample in samples if sample.pushes >= WARM_UP]
+    results.add(strategy, samples, steady, seconds)
+    assert growing(steady) == {}
+
+
+def _check_answers(found: Answers, expected: Answers, *, exactly: bool) -> None:
+    """LoRA slots add s·B·A·x to W·x, which rounds otherwise than a merged weight does."""
+    if exactly:
+        assert found == expected
+        return
+    for (ids, logprobs), (wanted_ids, wanted) in zip(found, expected, strict=True):
+        assert ids == wanted_ids
+        assert logprobs == pytest.approx(wanted, abs=1e-3)
+
+
+def _samples(**held: list[float]) -> list[Sample]:
+    return [
+        Sample(50 * i, dict(zip(held, now, strict=True)))
+        for i, now in enumerate(zip(*held.values(), strict=True))
+    ]
+
+
+def test_growth_is_found_in_noise_and_noise_is_no_growth():
+    noise = [0, 900, 100, 700, 0, 800, 200, 900, 100, 0, 600, 300]
+    flat = {"worker: RSS in KB": noise, "worker: threads": [9, 9, 10, 9, 9, 9, 9, 10, 9, 9, 9, 9]}
+    assert growing(_samples(**flat)) == {}
+    leaking = {
+        "worker: RSS in KB": [n + 50 * 8 * i for i, n in enumerate(noise)],
+        "worker: threads": [9 + i // 4 for i in range(12)],
+        "worker: file handles": [*range(12)],
+    }
+    assert growing(_samples(**leaking)).keys() == leaking.keys()
+
+
+def test_what_a_process_holds_is_seen(tmp_path):
+    before = held_by({"me": os.getpid()})
+    with Path(os.devnull).open():
+        after = held_by({"me": os.getpid()})
+    assert after["me: file handles"] == before["me: file handles"] + 1
