@@ -92,6 +92,8 @@ class Replicas:
         beside: bool,
     ) -> tuple[str, float]:
         """One bucket to all of them; its digest (empty inside one process), and the slowest worker's seconds."""
+        if not beside and len(self.sessions) > 1:
+            self.each(lambda session: session.check_ours())  # or it would tear the weights of the other engines
         with Payload(bucket, [session.folder for session in self.sessions]) as payload:
             seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
             return payload.digest, max(seconds)
@@ -115,9 +117,6 @@ class Replicas:
             else:
                 _take_back(session, before[session.name], version)
         raise self._named(failed[0], outcomes[failed[0]])
-
-    def rollback(self, versions: Mapping[str, int]) -> None:
-        self.each(lambda session: session.rollback(versions[session.name]))
 
     def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
         self.each(lambda session: session.abort(version, error, beside=beside))

@@ -148,6 +148,18 @@ class EngineSession:
                 "serves. Call send_weights() again; if that fails too, restart the engine and connect() again."
             )
 
+    def check_ours(self) -> None:
+        """Ask, before anything changes, whether the engine is alive and still takes this trainer's pushes.
+
+        Raises:
+            SyncError: if another trainer has shaken hands with it since.
+        """
+        if not all(reply["ours"] for reply in self.control("status").values()):
+            raise SyncError(
+                "session: got another trainer's, expected this one's. The engine was restarted or another trainer took "
+                "it over: connect() again."
+            )
+
     def digests(self) -> dict[int, dict[str, Any]]:
         return self.control("digest")
 

@@ -53,7 +53,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._applier: Applier | None = None
-        self._mailbox: Mailbox | None = None
+        self._mailboxes: dict[str, Mailbox] = {}  # by session, as an `Update` names only that
         self._session = ""
         self.version = 0
         self.closed = ""
@@ -72,7 +72,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             "stage": lambda control: self._bucket(self.parse_update_info(control.bucket)),
             "commit": self._commit,
             "rollback": self._rollback,
-            "status": lambda _: {},
+            "status": lambda control: {"ours": control.session == self._session},
             "digest": lambda _: self._digest(),
             "goodbye": self._goodbye,
         }
@@ -88,7 +88,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def receive_weights(self, update_info: Update) -> None:
         """Check one bucket and stage or load it; an error ends the update."""
-        self._answering(update_info.call, lambda: self._bucket(update_info), self._mailbox)
+        box = self._mailboxes.get(update_info.session)
+        self._answering(update_info.call, lambda: self._bucket(update_info), box)
 
     def finish_weight_update(self) -> None:
         """Commit nothing yet: vLLM drops its LoRA adapters after this call, so the commit comes in a call of its own."""
@@ -111,7 +112,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
             before.close(control.in_flight)
         self._session = control.session
-        self._mailbox = Mailbox.open(control.mailbox)
+        # Trainers that were taken over from may still call: each is answered in its own mailbox while that exists.
+        self._mailboxes = {s: box for s, box in self._mailboxes.items() if box.folder.exists()}
+        box = Mailbox.open(control.mailbox)
+        if box is not None:
+            self._mailboxes[control.session] = box
         return self._applier.describe()
 
     def _bucket(self, update: Update) -> dict[str, Any]:
@@ -214,11 +219,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if update.tensors is not None:
             return dict(update.tensors)
         if update.path:
-            if self._mailbox is None:
+            if update.session not in self._mailboxes:
                 raise PayloadError(
                     "The payload lies in shared memory that this worker can't reach: other host or user."
                 )
-            tensors = read_safetensors(self._mailbox.payload(update.path))
+            tensors = read_safetensors(self._mailboxes[update.session].payload(update.path))
         else:
             tensors = unpack(update.payload)
         if digest_of(tensors) != update.digest:
