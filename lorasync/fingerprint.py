@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,10 +42,25 @@ def to_json(samples: Mapping[str, WeightSample]) -> str:
 
 
 def from_json(text: str) -> dict[str, WeightSample]:
-    """Read what `to_json` wrote."""
-    return {
-        name: WeightSample(
-            s["dtype"], tuple(s["shape"]), s["base"], tuple(s["positions"]), tuple(s["values"])
-        )
-        for name, s in json.loads(text).items()
-    }
+    """Read what `to_json` wrote.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    return {name: _sample(name, fields) for name, fields in json.loads(text).items()}
+
+
+def _sample(name: str, fields: Mapping[str, Any]) -> WeightSample:
+    found = WeightSample(
+        fields["dtype"],
+        tuple(fields["shape"]),
+        fields["base"],
+        tuple(fields["positions"]),
+        tuple(fields["values"]),
+    )
+    texts = all(type(text) is str for text in (found.dtype, found.base))
+    whole = all(type(number) is int for number in (*found.shape, *found.positions))
+    numbers = all(type(value) in (int, float) for value in found.values)
+    if not (texts and whole and numbers and len(found.positions) == len(found.values)):
+        raise ValueError(f"{name}: got {fields}, expected a WeightSample")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import re
 import tokenize
@@ -95,6 +96,16 @@ def test_handshakes(seed):
     for key, (good, read) in readers.items():
         with contextlib.suppress(PayloadError):
             parsed(read, {key: fuzz.changed_text(good, chance)}, key)
+
+
+@pytest.mark.parametrize(
+    "change", [{"positions": ["x"]}, {"values": [None]}, {"shape": "ab"}, {"positions": []}, {"dtype": 1}]
+)
+def test_a_sample_of_other_types_or_of_unequal_length_is_none(change):
+    samples = json.loads(fingerprint.to_json(SAMPLES))
+    name = next(iter(samples))
+    with pytest.raises(ValueError, match=re.escape(name)):
+        fingerprint.from_json(json.dumps(samples | {name: samples[name] | change}))
 
 
 @few

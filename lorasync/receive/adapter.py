@@ -106,15 +106,25 @@ class AdapterApplier:
 
     def _ours(self) -> set[int]:
         """The versions that the workers hold, also those of an earlier connection that were in use when it ended."""
-        return {number - ADAPTER_IDS for number in self._manager.list_adapters() if number > ADAPTER_IDS}
+        held = self._manager.list_adapters().items()
+        return {number - ADAPTER_IDS for number, adapter in held if vllm_parts.is_pushed(adapter)}
 
     def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         number = ADAPTER_IDS + version
         if version not in self._ours():
+            self._refuse_taken(number)
             self._manager.add_adapter(vllm_parts.lora_model(number, tensors, self._helper, self._engine))
         # Its path leads nowhere: dropped to make room, it could not be loaded again, which ends the engine.
         vllm_parts.keep_in_cache(self._manager, number)
         self._manager.activate_adapter(number)
+
+    def _refuse_taken(self, number: int) -> None:
+        """VLLM would keep what it has under this id, and serve that."""
+        if number in self._manager.list_adapters():
+            raise SyncError(
+                f"lora_int_id: got an adapter of somebody else's under {number}, expected none from {ADAPTER_IDS + 1} on: "
+                "these ids are lorasync's. Remove it (remove_lora), or count your own from 1 on."
+            )
 
     def _retire_all_but(self, versions: Collection[int]) -> None:
         for version in self._ours() - set(versions):

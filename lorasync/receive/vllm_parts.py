@@ -151,7 +151,13 @@ def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, en
         weights_mapper=_rename_mapper(engine.model),
     )
     built.is_3d_lora_weight = False  # vLLM stamps it when it loads from disk
+    built.pushed_by_lorasync = True
     return built
+
+
+def is_pushed(adapter: Any) -> bool:
+    """Whether an adapter in the worker's LoRA manager came from `lora_model`, whatever its id."""
+    return getattr(adapter, "pushed_by_lorasync", False) is True
 
 
 def keep_in_cache(manager: Any, number: int) -> None:
