@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -62,18 +63,23 @@ class Fixed:
         return iter(self.tensors.items())
 
 
-class NoMemory(TorchDispatchMode):
-    """One allocation of the merge fails: the n-th matrix product on this thread."""
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+COPIES = (torch.ops.aten.copy_,)
 
-    def __init__(self, after: int) -> None:
+
+class NoMemory(TorchDispatchMode):
+    """Memory runs out at the n-th of these operations on this thread: torch's own allocator says so."""
+
+    def __init__(self, after: int, operations: tuple[Any, ...] = PRODUCTS) -> None:
         super().__init__()
         self.left = after
+        self.operations = operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if func._overloadpacket in self.operations:
             self.left -= 1
             if self.left == 0:
-                raise torch.OutOfMemoryError("out of memory: tried to allocate 2.00 GiB")
+                torch.empty(1 << 60, dtype=torch.uint8)
         return func(*args, **(kwargs or {}))
 
 
@@ -114,36 +120,37 @@ class Wire:
         return bucket
 
 
-def payload_change(
-    change: Callable[[bytes], bytes], *, bucket: int
-) -> Callable[[dict[str, Any], Path], None]:
-    """Alter the bytes of the n-th bucket (from 1 on), inline or in shared memory."""
+OnBucket = Callable[[dict[str, Any], Path], None]
+
+
+def nth_bucket(change: OnBucket, *, bucket: int) -> OnBucket:
+    """Do something to the n-th bucket only (from 1 on)."""
     left = bucket
 
     def on_bucket(info: dict[str, Any], folder: Path) -> None:
         nonlocal left
         left -= 1
-        if left:
-            return
+        if left == 0:
+            change(info, folder)
+
+    return on_bucket
+
+
+def payload_change(change: Callable[[bytes], bytes], *, bucket: int) -> OnBucket:
+    """Alter the bytes of the n-th bucket, inline or in shared memory."""
+
+    def altered(info: dict[str, Any], folder: Path) -> None:
         if info.get("path"):
             file = folder / info["path"]
             file.write_bytes(change(file.read_bytes()))
         else:
             info["payload"] = change(info["payload"])
 
-    return on_bucket
+    return nth_bucket(altered, bucket=bucket)
 
 
-def field_change(*, bucket: int, **fields: Any) -> Callable[[dict[str, Any], Path], None]:
-    left = bucket
-
-    def on_bucket(info: dict[str, Any], folder: Path) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            info.update(fields)
-
-    return on_bucket
+def field_change(*, bucket: int, **fields: Any) -> OnBucket:
+    return nth_bucket(lambda info, folder: info.update(fields), bucket=bucket)
 
 
 class Bomb:
@@ -226,6 +233,21 @@ def worker_of(llm: Any) -> int:
     """The process id of the (only) worker."""
     (worker,) = [pid for pid in children_of(engine_core_of(llm)) if "Worker" in command_of(pid)]
     return worker
+
+
+@contextlib.contextmanager
+def no_more_memory(pid: int) -> Iterator[Callable[[], None]]:
+    """Gives what takes away all address space that a process does not have yet; it gets it back after the block."""
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+
+    def take() -> None:
+        size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (size, before[1]))
+
+    try:
+        yield take
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
 
 
 def may_mount(folder: Path) -> bool:

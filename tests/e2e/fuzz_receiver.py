@@ -25,11 +25,15 @@ import lorasync as ls
 from lorasync import fingerprint, wire
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
+from lorasync.push.apply import apply_message
 from lorasync.receive.staging import parsed
 from lorasync.source import FactorSpec
 from tests import fuzz, models
 from tests.e2e.engines import greedy, running_llm
 from tests.e2e.growth import held_by
+
+KINDS = {"inline": 50, "file": 15, "update": 15, "control": 10, "text": 10, "hello": 0.1}
+"""How often each is sent; a handshake is dear, as the worker builds its model once more on the meta device."""
 
 
 @dataclass
@@ -41,8 +45,9 @@ class Receiver:
     sync: Any
     folder: Path
     refused: Counter[str] = field(default_factory=Counter)
-    accepted: int = 0
-    slowest: float = 0.0
+    accepted: Counter[str] = field(default_factory=Counter)
+    foreign: dict[str, int] = field(default_factory=dict)
+    slowest: tuple[float, float, int] = (0.0, 0.0, -1)
 
     def __post_init__(self) -> None:
         core = self.llm.llm_engine.engine_core.engine_core
@@ -57,11 +62,15 @@ class Receiver:
             "op": "stage", "protocol": wire.PROTOCOL, "lorasync": "0", "session": self.engine._session, "call": 0,
             "mailbox": "", "bucket": self.update | {"payload": self.good}, "in_flight": [1], "expected": 1,
         }  # fmt: skip
+        self.handshake = self.control | {
+            "op": "hello", "mailbox": str(self.folder), "bucket": None,
+            "apply": apply_message(self.sync.apply, self.source),
+            "manifest": wire.manifest_as_text((n, *how) for n, how in self.announced.items()),
+        }  # fmt: skip
         self.texts = self._texts()
 
     def _texts(self) -> dict[str, tuple[str, Callable[[str], Any]]]:
-        manifest = wire.manifest_as_text((n, *how) for n, how in self.announced.items())
-        texts: dict[str, Any] = {"manifest": (manifest, wire.manifest_from_text)}
+        texts: dict[str, Any] = {"manifest": (self.handshake["manifest"], wire.manifest_from_text)}
         if isinstance(self.source, ls.FactorSource):
             samples = fingerprint.to_json(ls.source.base_samples(self.source))
             texts["spec"] = (self.source.spec().to_json(), FactorSpec.from_json)
@@ -95,9 +104,17 @@ class Receiver:
         if control.op not in ("hello", "commit", "rollback", "goodbye"):
             self.engine.init_transfer_engine(control)
 
+    def hello(self, chance: random.Random) -> None:
+        """A handshake that says something else; one that is taken is followed by the good one."""
+        part = chance.choice(("apply", "manifest"))
+        good = str(self.handshake[part])
+        bad = _changed_inside(good, chance) if part == "apply" else fuzz.changed_text(good, chance)
+        self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake | {part: bad}))
+        self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake))
+
     def one(self, seed: int) -> None:
         chance = random.Random(seed)
-        kind = chance.choices(("inline", "file", "update", "control", "text"), (50, 15, 15, 10, 10))[0]
+        kind = chance.choices(tuple(KINDS), tuple(KINDS.values()))[0]
         good_update = self.update | {"payload": self.good}
         text, read = self.texts[chance.choice(sorted(self.texts))]
         calls: dict[str, Callable[[], Any]] = {
@@ -106,17 +123,20 @@ class Receiver:
             "update": lambda: self.update_message(fuzz.changed_message(good_update, chance)),
             "control": lambda: self.control_message(fuzz.changed_message(self.control, chance)),
             "text": lambda: parsed(read, {"x": fuzz.changed_text(text, chance)}, "x"),
+            "hello": lambda: self.hello(chance),
         }
-        began = time.perf_counter()
+        began, working = time.perf_counter(), time.thread_time()
         try:
             calls[kind]()
-        except LorasyncError as error:
+        except Exception as error:
+            if not isinstance(error, LorasyncError):
+                self.foreign[f"{kind}: {type(error).__name__}: {error}"[:120]] = seed
             self.refused[f"{kind}: {type(error).__name__}: {_gist(str(error))}"] += 1
             self._check_nothing_kept(seed)
         else:
-            self.accepted += 1
+            self.accepted[kind] += 1
             self._check_as_announced(seed)
-        self.slowest = max(self.slowest, time.perf_counter() - began)
+        self.slowest = max(self.slowest, (time.thread_time() - working, time.perf_counter() - began, seed))
 
     def _check_nothing_kept(self, seed: int) -> None:
         staging = getattr(self.engine._applier, "_staging", None)
@@ -129,6 +149,16 @@ class Receiver:
         found = staging.received if staging is not None else {}
         assert all(self.announced[n] == (t.dtype, tuple(t.shape)) for n, t in found.items()), f"seed {seed}"
         applier.undo()  # or the next message would be refused for its names, which have come already
+
+
+def _changed_inside(apply: str, chance: random.Random) -> str:
+    """Half of the time not the message itself but a JSON text that it carries."""
+    parts = json.loads(apply)
+    inner = [key for key in ("spec", "samples") if key in parts]
+    if not inner or chance.random() < 0.5:
+        return fuzz.changed_text(apply, chance)
+    key = chance.choice(inner)
+    return json.dumps(parts | {key: fuzz.changed_text(parts[key], chance)})
 
 
 def _small(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -174,9 +204,10 @@ def main(strategy: str, first: int, count: int, base: str, out: Path) -> None:
         sync.send_weights()
         assert greedy(llm) == before
     found = {
-        "strategy": strategy, "messages": count, "seconds": round(seconds, 1), "slowest_seconds": receiver.slowest,
-        "accepted": receiver.accepted, "refused": dict(receiver.refused.most_common()),
-        "held_before": held, "held_after": held_after,
+        "strategy": strategy, "messages": count, "seconds": round(seconds, 1),
+        "slowest": dict(zip(("cpu_seconds", "seconds", "seed"), receiver.slowest, strict=True)),
+        "accepted": dict(receiver.accepted), "refused": dict(receiver.refused.most_common()),
+        "not_ours": receiver.foreign, "held_before": held, "held_after": held_after,
     }  # fmt: skip
     out.write_text(json.dumps(found))
 

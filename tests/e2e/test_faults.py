@@ -7,8 +7,10 @@ log-probabilities); a clean push recovers; nothing is left behind. ``LORASYNC_WR
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from lorasync.errors import (
     AdapterError,
     EngineClosedError,
     EngineDeadError,
+    EngineNotReadyError,
     ExportError,
     MismatchError,
     NonFiniteError,
@@ -39,11 +42,14 @@ from lorasync.errors import (
 from lorasync.export import merge_to_disk
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
 from lorasync.verify import logprob_gap, model_digest
+from lorasync.wire import ADAPTER_IDS
 from tests import models
 from tests.e2e import reliability_page
 from tests.e2e.dying_trainer import Calls, serve_until_gone
 from tests.e2e.engines import PROMPTS, Answers, answers_of, greedy, running_llm
 from tests.e2e.faults import (
+    COPIES,
+    PRODUCTS,
     Bomb,
     Broken,
     Fixed,
@@ -56,6 +62,8 @@ from tests.e2e.faults import (
     full,
     kill,
     may_mount,
+    no_more_memory,
+    nth_bucket,
     payload_change,
     raising,
     replaced,
@@ -63,11 +71,13 @@ from tests.e2e.faults import (
     with_value,
     worker_of,
 )
+from tests.e2e.ranks import run_two
 from tests.e2e.test_push_factors import tiny
 
 pytestmark = pytest.mark.timeout(200)
 STRATEGIES = ("merged", "factors", "adapter")
 KEPT, CLOSED, RESTART = "K", "Q", "R"
+LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 4}
 
 
 # ------------------------------------------------------------------------------------------- the bench
@@ -132,14 +142,29 @@ class Bench:
 @pytest.fixture(scope="module")
 def engine(base) -> Iterator[Any]:
     """One engine in a process of its own serves all rows but those that end it."""
-    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
-    with running_llm(base, dtype="float32", **lora) as llm:
+    with running_llm(base, dtype="float32", **LORA) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module", params=["adapter", "factors", "merged"])
 def bench(request, engine, base, tmp_path_factory) -> Iterator[Bench]:
-    made = Bench(request.param, tiny(base), Wire(engine), base, tmp_path_factory.mktemp("bench"))
+    yield from _bench(request.param, engine, base, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def engine_here(base) -> Iterator[Any]:
+    """An engine in this process, where what a worker allocates can be made to fail."""
+    with running_llm(base, in_process=True, dtype="float32", **LORA) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module", params=["adapter", "factors"])
+def bench_here(request, engine_here, base, tmp_path_factory) -> Iterator[Bench]:
+    yield from _bench(request.param, engine_here, base, tmp_path_factory.mktemp("bench"))
+
+
+def _bench(strategy: str, engine: Any, base: str, tmp: Path) -> Iterator[Bench]:
+    made = Bench(strategy, tiny(base), Wire(engine), base, tmp)
     made.sync, made.answers = made.connect(), {}
     for seed in (1, 0):
         made.push(seed)
@@ -237,6 +262,11 @@ def _param(part: str, value: float) -> Callable[[Bench], Any]:
     return lambda b: replaced(factor(b.policy, part), with_value(factor(b.policy, part), value))
 
 
+def _bad_base(bench: Bench) -> Any:
+    weight = bench.policy.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
+    return replaced(weight, with_value(weight, float("nan")))
+
+
 def _shard(bench: Bench) -> Any:
     return replaced(factor(bench.policy, "B"), torch.empty(0))
 
@@ -286,6 +316,38 @@ def _full_shared_memory(bench: Bench) -> Iterator[None]:
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_a_worker(bench: Bench) -> Iterator[None]:
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        no_more_memory(worker_of(bench.wire.llm)) as take,
+        _on_wire(bench, on_bucket=nth_bucket(lambda info, folder: take(), bucket=_n_of_bucket(bench))),
+    ):
+        patched.setattr("lorasync.push.payload.INLINE_LIMIT", 0)
+        yield
+
+
+@contextlib.contextmanager
+def _id_is_taken(bench: Bench) -> Iterator[None]:
+    """A user's adapter sits in the engine under the id that the next version would get."""
+    mine = _saved_adapter(bench, ADAPTER_IDS + bench.sync.version + 1, "mine")
+    assert bench.wire.llm_engine.add_lora(mine)
+    theirs = greedy(bench.wire, lora_request=mine)
+    try:
+        yield
+    finally:
+        assert greedy(bench.wire, lora_request=mine) == theirs
+        bench.wire.llm_engine.remove_lora(mine.lora_int_id)
+
+
+def _saved_adapter(bench: Bench, number: int, name: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    folder = bench.tmp / name
+    tiny(bench.base, seed=7).save_pretrained(folder)
+    return LoRARequest(name, number, str(folder))
 
 
 @contextlib.contextmanager
@@ -359,8 +421,10 @@ def _generating(bench: Bench) -> Iterator[None]:
 ROWS = (
     Row("the source raises in the middle", ConnectionError, "the trainer died here",
         lambda b: _source(b, raising(ConnectionError("the trainer died here"))), MIDDLE),
-    Row("out of memory while merging or copying (trainer)", torch.OutOfMemoryError, "out of memory",
+    Row("out of memory while merging or copying (trainer)", RuntimeError, "can't allocate memory",
         lambda b: NoMemory(after=3), {"merged": CLOSED}),
+    Row("out of memory in a worker while it reads a bucket", SyncError, "MemoryError in the engine",
+        _out_of_memory_in_a_worker, MIDDLE),
     Row("a name twice in the stream", MismatchError, "a second time",
         lambda b: _source(b, lambda n, t: [(n, t), (n, t)]), MIDDLE),
     Row("a tensor missing in the stream", PayloadError, "never came",
@@ -375,6 +439,7 @@ ROWS = (
     Row("NaN in B", NonFiniteError, "NaN or Inf", _param("B", float("nan")), NOWHERE, sends_nothing=True),
     Row("Inf in A", NonFiniteError, "NaN or Inf", _param("A", float("inf")), NOWHERE, sends_nothing=True),
     Row("-Inf in B", NonFiniteError, "NaN or Inf", _param("B", float("-inf")), NOWHERE, sends_nothing=True),
+    Row("NaN in a base weight", NonFiniteError, "NaN or Inf", _bad_base, MERGED, sends_nothing=True),
     Row("an empty tensor for a factor (an ungathered ZeRO-3 shard)", MismatchError, r"up_proj", _shard, NOWHERE),
     Row("the adapter's rank changes after the handshake", MismatchError, r"up_proj.*connect\(\) again", _rank,
         FACTORS),
@@ -395,6 +460,8 @@ ROWS = (
     Row("a message of another type", SyncError, "expected",
         lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), version="1")), MIDDLE),
     Row("shared memory is full", SyncError, r"shared memory is full.*bucket_bytes", _full_shared_memory, NOWHERE),
+    Row("a user's own adapter has the id of the next version", SyncError, r"lora_int_id.*Remove it", _id_is_taken,
+        {"adapter": KEPT}),
     Row("two pushes at once on one connection", PushInProgressError, "unaffected",
         lambda b: contextlib.nullcontext(), NOWHERE, act=_push_twice),
     Row("a push of weights during generation", SyncError, "requests in flight.*between generate",
@@ -415,8 +482,23 @@ ROWS = (
 )  # fmt: skip
 
 
+ROWS_IN_THIS_PROCESS = (
+    Row("out of memory in a worker while it merges or installs", RuntimeError, "can't allocate memory",
+        lambda b: NoMemory(after=3, operations=PRODUCTS if b.strategy == "factors" else COPIES), FACTORS),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
 def test_a_fault_has_the_promised_outcome(row: Row, bench: Bench, page: reliability_page.Page) -> None:
+    _check(row, bench, page)
+
+
+@pytest.mark.parametrize("row", ROWS_IN_THIS_PROCESS, ids=lambda row: row.what)
+def test_a_fault_inside_of_a_worker(row: Row, bench_here: Bench, page: reliability_page.Page) -> None:
+    _check(row, bench_here, page)
+
+
+def _check(row: Row, bench: Bench, page: reliability_page.Page) -> None:
     if bench.strategy not in row.state:
         pytest.skip("not a fault of this strategy")
     bench.ready()
@@ -442,7 +524,7 @@ def test_a_fault_has_the_promised_outcome(row: Row, bench: Bench, page: reliabil
 
 
 def _adapters(bench: Bench) -> int:
-    return sum(number > 1_000_000 for number in bench.wire.llm_engine.list_loras())
+    return sum(number > ADAPTER_IDS for number in bench.wire.llm_engine.list_loras())
 
 
 def test_an_adapter_pushed_during_generation_leaves_requests_in_flight_their_version(bench: Bench) -> None:
@@ -454,6 +536,30 @@ def test_an_adapter_pushed_during_generation_leaves_requests_in_flight_their_ver
     assert bench.finished == bench.answers[0]
     bench.version_seed = 1
     assert bench.serves(1)
+
+
+def test_a_user_s_adapter_with_our_name_and_ours_each_give_their_own_answers(bench: Bench) -> None:
+    if bench.strategy != "adapter":
+        pytest.skip("no adapter is served")
+    bench.ready()
+    mine = _saved_adapter(bench, 7, f"policy@{bench.sync.version}")
+    theirs = greedy(bench.wire, lora_request=mine)
+    assert theirs not in bench.answers.values()
+    assert bench.serves(0)
+    bench.push(1)
+    assert bench.serves(1)
+    assert greedy(bench.wire, lora_request=mine) == theirs
+    bench.wire.llm_engine.remove_lora(7)
+
+
+def test_an_engine_without_the_backend_is_refused_and_goes_on_serving(base, tmp_path, page: Any) -> None:
+    with running_llm(base, backend=None, dtype="float32", **LORA) as llm:
+        before = greedy(llm)
+        for strategy in STRATEGIES:
+            with pytest.raises(EngineNotReadyError, match="weight_transfer_config") as caught:
+                Bench(strategy, tiny(base), Wire(llm), base, tmp_path).connect()
+            assert greedy(llm) == before
+            page.add("vLLM is started without the backend", strategy, type(caught.value), KEPT, 0.0)
 
 
 def test_an_adapter_over_weights_that_a_push_has_changed_is_refused(bench: Bench, page: Any) -> None:
@@ -508,6 +614,19 @@ def test_a_full_disk_ends_a_merge_to_disk_and_leaves_nothing(base, tmp_path, pag
     page.add("the disk gets full (lorasync merge)", "no engine", type(caught.value), KEPT, seconds)
 
 
+@pytest.mark.soak
+def test_raw_zero3_shards_are_refused_and_the_gathered_policy_recovers(base, tmp_path, page: Any) -> None:
+    """What `named_parameters` gives under ZeRO-3: tensors without elements, from two real ranks."""
+    run_two(Path(__file__).with_name("raw_shards.py"), base, str(tmp_path), logs=tmp_path)
+    found = json.loads((tmp_path / "outcome.json").read_text())
+    assert found["error"] == "MismatchError"
+    assert re.search(r"up_proj.*\(0,\)", found["message"])
+    assert found["after"] == found["base"]
+    assert found["recovered"] != found["base"]
+    assert found["left"] == []
+    page.add("raw shards of ZeRO-3 (two real ranks)", "merged", MismatchError, KEPT, found["seconds"])
+
+
 # ---------------------------------------------------------------------------- the engine, or a part of it, dies
 
 
@@ -540,7 +659,7 @@ def test_a_dead_engine_is_named_at_once_and_a_new_one_recovers(
     what: str, strategy: str, pid: Any, when: str, base: str, tmp_path: Path, page: reliability_page.Page
 ) -> None:
     bench, before = Bench(strategy, tiny(base), Wire(None), base, tmp_path), shared_memory()
-    settings = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    settings = {"dtype": "float32", **LORA}
     with running_llm(base, **settings) as llm:
         bench.wire.llm = llm
         bench.sync = bench.connect()
@@ -580,10 +699,12 @@ def test_a_dead_engine_is_named_at_once_and_a_new_one_recovers(
 
 
 def test_every_row_and_strategy_is_on_the_page() -> None:
-    expected = {(row.what, strategy) for row in ROWS for strategy in row.state}
+    expected = {(row.what, strategy) for row in (*ROWS, *ROWS_IN_THIS_PROCESS) for strategy in row.state}
     expected |= {param.values[:2] for param in DEATHS}
     expected |= {
+        *(("vLLM is started without the backend", strategy) for strategy in STRATEGIES),
         ("an adapter over weights that a push has changed", "adapter"),
+        ("raw shards of ZeRO-3 (two real ranks)", "merged"),
         ("the trainer is killed in the middle of a push", "merged"),
         ("the disk gets full (lorasync merge)", "no engine"),
         ("the engine is restarted between pushes", "merged"),
