@@ -153,7 +153,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def _commit(self, control: Control) -> dict[str, Any]:
         applier = self._applier_of(control.session)
         if control.expected != self.version:
-            applier.undo()
+            self._abort(applier)
             raise StaleVersionError(
                 f"version: the engine serves {self.version}, expected {control.expected}: somebody else has pushed "
                 f"meanwhile. Version {control.version} was not applied. connect() again to go on from what is served."

@@ -37,6 +37,7 @@ from lorasync.errors import (
     NonFiniteError,
     PayloadError,
     PushInProgressError,
+    StaleVersionError,
     SyncError,
 )
 from lorasync.export import merge_to_disk
@@ -239,6 +240,11 @@ def _wanted() -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, ignore_eos=True)
+
+
+def _other_version_expected(info: dict[str, Any]) -> None:
+    if info["op"] == "commit":
+        info["expected"] -= 1
 
 
 def _n_of_bucket(bench: Bench) -> int:
@@ -466,6 +472,8 @@ ROWS = (
         lambda b: contextlib.nullcontext(), NOWHERE, act=_push_twice),
     Row("a push of weights during generation", SyncError, "requests in flight.*between generate",
         _generating, {"merged": KEPT, "factors": KEPT}),
+    Row("another trainer has pushed meanwhile", StaleVersionError, "somebody else has pushed",
+        lambda b: _on_wire(b, on_control=_other_version_expected), MIDDLE),
     Row("another protocol version on the other side", MismatchError, "Install the same version on both sides",
         lambda b: _on_wire(b, on_control=lambda info: info.update(protocol=999)), NOWHERE, act=_connect_anew,
         sends_nothing=True),
