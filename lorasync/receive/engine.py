@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from lorasync import __version__
 from lorasync.errors import (
     EngineClosedError,
+    LorasyncError,
     Mismatch,
     MismatchError,
     PayloadError,
@@ -108,7 +109,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         before = self._applier
         if before is not None:
             self._abort(before)  # of a trainer that died, or was not told that another one took over
-        self._applier = applier_for(control, self)
+        self._applier = self._applier_for(control)
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
             before.close(control.in_flight)
         self._session = control.session
@@ -118,6 +119,16 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if box is not None:
             self._mailboxes[control.session] = box
         return self._applier.describe()
+
+    def _applier_for(self, control: Control) -> Applier:
+        try:
+            return applier_for(control, self)
+        except LorasyncError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise PayloadError(
+                f"handshake: the worker can't make sense of it ({type(error).__name__}: {error}). Nothing was touched."
+            ) from error
 
     def _bucket(self, update: Update) -> dict[str, Any]:
         applier = self._applier_of(update.session)
