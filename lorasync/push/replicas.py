@@ -93,7 +93,8 @@ class Replicas:
     ) -> tuple[str, float]:
         """One bucket to all of them; its digest (empty inside one process), and the slowest worker's seconds."""
         if not beside and len(self.sessions) > 1:
-            self.each(lambda session: session.check_ours())  # or it would tear the weights of the other engines
+            # Or one that another trainer has taken over would leave the others torn.
+            self.each(lambda session: session.check_ours())
         with Payload(bucket, [session.folder for session in self.sessions]) as payload:
             seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
             return payload.digest, max(seconds)

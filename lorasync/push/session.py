@@ -93,7 +93,7 @@ class EngineSession:
         try:
             self._answered(self.target.start, call=0)
         except SyncError as error:
-            # A trainer that died has left its update open. A failed bucket ends it, on every worker.
+            # A trainer that died has left its update open.
             self.abort(self.version + 1, error, beside=False)
             self._answered(self.target.start, call=0)
 
@@ -132,6 +132,9 @@ class EngineSession:
                 self.control("stage", bucket=update, call=call)
             else:
                 self.target.update(update)
+        if not beside and self.ranks > 1:  # one rank ends vLLM's update by failing; of several none may fail
+            with contextlib.suppress(Exception):
+                self.target.finish(str(self.version))
         self._mailbox.collect(call)
         self.find_out(version, error)
 
@@ -223,8 +226,12 @@ class EngineSession:
             self._mailbox.collect(call)
             raise
         except Exception as error:
-            _raise_failed(self._mailbox.collect(call), error)
-            raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
+            replies = self._mailbox.collect(call)
+            _raise_failed(replies, error)
+            if not replies or self.ranks == 1:
+                raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
+            # What failed was an earlier call: vLLM had given that up before it read the answer of this rank.
+            return self._replies_to(call, replies)
         if not call or not at_once:
             return {}
         return self._replies_to(call)

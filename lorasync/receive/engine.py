@@ -88,7 +88,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         """Nothing is touched before the first bucket."""
 
     def receive_weights(self, update_info: Update) -> None:
-        """Check one bucket and stage or load it; an error ends the update."""
+        """Check one bucket and stage or load it."""
         box = self._mailboxes.get(update_info.session)
         self._answering(update_info.call, lambda: self._bucket(update_info), box)
 
@@ -263,21 +263,28 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         try:
             body = operation()
         except BaseException as error:
-            self._reply(call, {"ok": False, "error": error_as_dict(error)}, before, mailbox)
-            raise
+            replied = self._reply(call, {"ok": False, "error": error_as_dict(error)}, before, mailbox)
+            # vLLM gives a call up at the first rank that fails, and takes what others answered for the next call's.
+            if not replied or self._ranks == 1 or not isinstance(error, Exception):
+                raise
+            return
         self._reply(call, {"ok": True, **body}, before, mailbox)
 
-    def _reply(self, call: int, body: dict[str, Any], before: float, mailbox: Mailbox | None) -> None:
+    def _reply(self, call: int, body: dict[str, Any], before: float, mailbox: Mailbox | None) -> bool:
         if mailbox is None or not mailbox.folder.exists():
-            return
-        parallel = self.vllm_config.parallel_config
+            return False
         state = {
             "version": self.version,
             "closed": self.closed,
-            "world_size": parallel.world_size,
+            "world_size": self._ranks,
             "seconds": time.perf_counter() - before,
         }
         mailbox.reply(call, self.rank, {**state, **body})
+        return True
+
+    @property
+    def _ranks(self) -> int:
+        return int(self.vllm_config.parallel_config.world_size)
 
     @property
     def rank(self) -> int:

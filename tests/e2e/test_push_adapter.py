@@ -1,0 +1,138 @@
+"""The adapter served from vLLM's LoRA slots, out of memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasync as ls
+from lorasync.errors import MismatchError, SyncError, UnmergeableError
+from lorasync.push import ServeAdapter, connect
+from tests import models
+from tests.e2e.engines import greedy, running_llm
+from tests.e2e.faults import children_of, shared_memory
+from tests.e2e.test_push_factors import tiny
+
+pytestmark = pytest.mark.timeout(420)
+
+
+@pytest.fixture(scope="module", params=["another process", "this process"])
+def slots(request, base):
+    lora = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 2}
+    with running_llm(base, in_process=request.param == "this process", dtype="float32", **lora) as llm:
+        yield llm
+
+
+def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, base, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    policy = tiny(base)
+    policy.save_pretrained(tmp_path / "one")
+    on_disk = greedy(slots, lora_request=LoRARequest("disk", 7, str(tmp_path / "one")))
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("policy")) as sync:
+        with pytest.raises(SyncError, match=r"send_weights\(\) first"):
+            sync.request()
+        sync.send_weights()
+        first = sync.request()
+        assert greedy(slots, **first) == on_disk
+        models.move(policy, seed=5)
+        sync.send_weights()
+        second = greedy(slots, **sync.request())
+        assert second != on_disk
+        assert greedy(slots, **first) == on_disk  # two versions keep apart
+        sync.rollback()
+        assert greedy(slots, **sync.request()) == on_disk
+        for step in range(20):
+            models.move(policy, seed=step)
+            sync.send_weights()
+        models.move(policy, seed=5)
+        sync.send_weights()
+        assert greedy(slots, **sync.request()) == second
+        assert len(_adapters(slots)) == 2
+    assert not _adapters(slots)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        ({"r": 65}, MismatchError, "max_lora_rank=128"),
+        ({"use_dora": True}, UnmergeableError, "DoRA.*MergedSource"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, UnmergeableError, "trained whole"),
+    ],
+)
+def test_what_slots_cannot_hold_is_refused_with_what_works(slots, base, adapter, error, message):
+    with pytest.raises(error, match=message):
+        connect(ls.FactorSource(tiny(base, **adapter)), slots, ServeAdapter("policy"))
+
+
+def test_two_versions_in_one_batch_keep_apart(slots, base):
+    policy, alone = tiny(base), {}
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("policy")) as sync:
+        for seed in (0, 1):
+            models.move(policy, seed=seed)
+            sync.send_weights()
+            ((alone[seed], _),) = greedy(slots, ["Once upon a time"], tokens=24, **sync.request())
+        assert alone[0] != alone[1]
+        models.move(policy, seed=0)
+        sync.send_weights()
+        _add(slots, "old", **sync.request())
+        finished = [output for _ in range(6) for output in slots.llm_engine.step()]
+        models.move(policy, seed=1)
+        sync.send_weights()
+        _add(slots, "new", **sync.request())
+        assert not any(output.finished for output in finished)
+        while slots.llm_engine.has_unfinished_requests():
+            finished += slots.llm_engine.step()
+    answers = {o.request_id.partition("-")[0]: tuple(o.outputs[0].token_ids) for o in finished if o.finished}
+    assert answers == {"old": alone[0], "new": alone[1]}
+
+
+def _add(llm: Any, name: str, **request: Any) -> None:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    llm.llm_engine.add_request(name, "Once upon a time", wanted, **request)
+
+
+@pytest.mark.parametrize("pushes", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_pushes_leave_no_adapter_file_or_memory_behind(slots, base, monkeypatch, pushes):
+    policy, warm_up = tiny(base, r=64), 10
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("policy")) as sync:
+        for number in range(pushes):
+            if number == warm_up:
+                files, held = _files(), _resident(slots)
+            monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", (0, 4 << 20)[number % 2])
+            models.move(policy, seed=number)
+            size = sync.send_weights().bytes
+            greedy(slots, tokens=1, **sync.request())
+            assert len(_adapters(slots)) <= 2
+        assert _files() == files
+        assert _resident(slots) - held < size * (pushes - warm_up) / 4
+    assert not _adapters(slots)
+    assert not shared_memory()
+
+
+def _adapters(llm: Any) -> set[int]:
+    return {number for number in llm.llm_engine.list_loras() if number > 1_000_000}
+
+
+def _files() -> set[Path]:
+    return shared_memory() | set(Path(tempfile.gettempdir()).glob("*lorasync*"))
+
+
+def _resident(llm: Any) -> int:
+    """Bytes of all processes of the engine."""
+    core = llm.llm_engine.engine_core
+    processes = {os.getpid()}
+    if not hasattr(core, "engine_core"):
+        processes = {
+            p
+            for child in core.resources.engine_manager.processes
+            for p in (child.pid, *children_of(child.pid))
+        }
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes)
+    return pages * os.sysconf("SC_PAGE_SIZE")
