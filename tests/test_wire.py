@@ -41,6 +41,29 @@ def test_tensors_outlive_their_file(tmp_path):
     assert torch.equal(got["a"], TENSORS["a"])
 
 
+def test_tensors_that_lie_across_their_alignment_are_read(tmp_path):
+    odd = {
+        "a": torch.arange(5, dtype=torch.uint8),
+        "b": torch.tensor([1.5, -2.0]),
+        "c": torch.ones(3).double(),
+    }
+    wire.write_safetensors(odd, tmp_path / "x.safetensors")
+    assert wire.digest(wire.read_safetensors(tmp_path / "x.safetensors")) == wire.digest(odd)
+
+
+def test_reading_a_file_again_and_again_takes_no_more_memory(tmp_path):
+    def rss_in_kb() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+    file = tmp_path / "x.safetensors"
+    wire.write_safetensors({str(i): torch.ones(8, 8) for i in range(100)}, file)
+    for reads in (200, 1000):
+        before = rss_in_kb()
+        for _ in range(reads):
+            wire.read_safetensors(file)
+    assert rss_in_kb() - before < 1000  # 64 bytes a tensor would be 6,400 KB
+
+
 @pytest.mark.parametrize("change", ["name", "dtype", "shape", "bit"])
 def test_the_digest_sees_every_change(change):
     changed = {
