@@ -23,8 +23,8 @@ _PAGE = """# {pushes:,} pushes with each strategy
 goes through a file in shared memory, the others ride in the call. At each sample the engine's answers equal the oracle's.
 
 After {warm_up} pushes → after {pushes:,}. Growth is the median slope over all pairs of samples, one every {sampled_every}
-pushes. The test fails at any growth of a count, and at more KB of memory a push than the last line says: an allocator's steps
-look like growth.
+pushes. The test fails at any growth of a count, and at more KB of memory a push than the last line says: an allocator's
+steps look like growth.
 
 | | {head} |
 {line}
