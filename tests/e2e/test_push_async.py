@@ -125,7 +125,10 @@ async def _outlived(base: str) -> None:
         alone = await ask("alone", 100, **first)
         slow = asyncio.create_task(ask("slow", 100, **first))
         await asyncio.sleep(0.05)
-        pushed = 0
+        models.move(policy, seed=1)
+        await sync.send_weights_async()
+        beside = await ask("beside", 20, **sync.request())
+        pushed = 1
         while not slow.done():
             models.move(policy, seed=1 + pushed)
             await sync.send_weights_async()
@@ -137,6 +140,9 @@ async def _outlived(base: str) -> None:
         models.move(policy, seed=0)
         await sync.send_weights_async()
         assert await ask("last", 100, **sync.request()) == alone
+        models.move(policy, seed=1)
+        await sync.send_weights_async()
+        assert await ask("last beside", 20, **sync.request()) == beside != alone[:20]
         assert 1_000_001 not in await engine.list_loras()
         await asyncio.to_thread(sync.shutdown)
         assert not await engine.list_loras()
