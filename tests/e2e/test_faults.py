@@ -50,7 +50,6 @@ from tests.e2e.dying_trainer import Calls, serve_until_gone
 from tests.e2e.engines import PROMPTS, Answers, answers_of, greedy, running_llm
 from tests.e2e.faults import (
     COPIES,
-    PRODUCTS,
     Bomb,
     Broken,
     Fixed,
@@ -492,7 +491,8 @@ ROWS = (
 
 ROWS_IN_THIS_PROCESS = (
     Row("out of memory in a worker while it merges or installs", RuntimeError, "can't allocate memory",
-        lambda b: NoMemory(after=3, operations=PRODUCTS if b.strategy == "factors" else COPIES), FACTORS),
+        lambda b: NoMemory(3) if b.strategy == "factors" else NoMemory(28 + 3, COPIES),  # 28 are made before the slots
+        FACTORS),
 )  # fmt: skip
 
 
