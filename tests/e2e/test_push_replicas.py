@@ -16,7 +16,7 @@ from tests.e2e.faults import engine_core_of, kill
 from tests.e2e.oracle import merged_checkpoint
 from tests.e2e.test_push_factors import tiny
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 Pair = dict[str, Any]
 SETTINGS = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 # An adapter is refused over weights that a push has changed: it comes first.
@@ -124,6 +124,7 @@ def test_a_killed_engine_is_named_and_the_last_one_can_not_be_left_out(pair, bas
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it starts two engines itself
 @pytest.mark.parametrize("way", ["adapter", "factors"])
 def test_a_killed_engine_is_named_whatever_it_was_sent(way, base):
     with running_llm(base, **SETTINGS) as left, running_llm(base, **SETTINGS) as right:
