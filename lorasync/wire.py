@@ -30,7 +30,7 @@ import torch
 from lorasync import errors
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
 
-PROTOCOL = 1
+PROTOCOL = 2
 INLINE_LIMIT = 4 << 20
 """Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
 
@@ -123,12 +123,14 @@ class Update:
     call: int
     digest: str = ""
     path: str = ""
+    gpu: str = ""
+    layout: str = ""
     payload: bytes = b""
     tensors: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_op(self.op, UpdateOp)
-        _check_types({n: getattr(self, n) for n in ("session", "digest", "path")}, str)
+        _check_types({n: getattr(self, n) for n in ("session", "digest", "path", "gpu", "layout")}, str)
         _check_types({n: getattr(self, n) for n in ("version", "call")}, int)
         _check_types({"payload": self.payload}, bytes)
 

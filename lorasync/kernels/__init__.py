@@ -1,8 +1,9 @@
 """Merge kernels: W + s·B·A from a plain, 4-bit or 8-bit base into live weights, in one pass."""
 
 from lorasync.kernels.bases import Base, Int8Base, NestedAbsmax, PackedBase, PlainBase
-from lorasync.kernels.grouped import GroupedMerge, merge_job
-from lorasync.kernels.jobs import MergeJob
+from lorasync.kernels.grouped import GroupedMerge, RepeatedMerge, merge_job
+from lorasync.kernels.jobs import MergeJob, PendingMerge
+from lorasync.kernels.peaks import Peaks
 
 __all__ = [
     "Base",
@@ -11,6 +12,9 @@ __all__ = [
     "MergeJob",
     "NestedAbsmax",
     "PackedBase",
+    "Peaks",
+    "PendingMerge",
     "PlainBase",
+    "RepeatedMerge",
     "merge_job",
 ]

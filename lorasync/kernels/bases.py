@@ -48,6 +48,10 @@ class PlainBase:
         """The bytes of one pass over the weight."""
         return self.weight.numel() * self.weight.element_size()
 
+    def rectangle(self, *, rows: tuple[int, int], cols: tuple[int, int]) -> PlainBase:
+        """Take rows ``rows[0]`` to ``rows[1]``, and so for columns, as a view."""
+        return PlainBase(self.weight[rows[0] : rows[1], cols[0] : cols[1]])
+
     def dequantize(self) -> Tensor:
         """Return the weight itself."""
         return self.weight
@@ -200,6 +204,11 @@ class Int8Base:
     def traffic(self) -> int:
         """The bytes of one pass over the weight."""
         return self.weight.numel() * self.weight.element_size()
+
+    def rectangle(self, *, rows: tuple[int, int], cols: tuple[int, int]) -> Int8Base:
+        """Take rows ``rows[0]`` to ``rows[1]``, and so for columns, as a view."""
+        part = self.weight[rows[0] : rows[1], cols[0] : cols[1]]
+        return replace(self, weight=part, scales=self.scales[rows[0] : rows[1]])
 
     def dequantize(self) -> Tensor:
         """Compute the weight in ``dtype``; source: ``bitsandbytes.functional.int8_vectorwise_dequant``."""

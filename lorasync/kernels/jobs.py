@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasync.errors import Mismatch, MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lorasync.kernels.bases import Base
 
@@ -41,6 +41,65 @@ class MergeJob:
     fan_in_fan_out: bool = False
     magnitude: Tensor | None = None
     name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class PendingMerge:
+    """A merge that whoever holds the weights may do straight into them; `make` computes it as a tensor instead.
+
+    Args:
+        base: W, which is only read.
+        lora_a: A, of shape (r, in_features).
+        lora_b: B, of shape (out_features, r).
+        scaling: s.
+        dtype: What the result is rounded to.
+        make: Computes the merged weight.
+        fan_in_fan_out: Whether W is stored as (in_features, out_features).
+        magnitude: DoRA's m, of shape (out_features,), or None.
+    """
+
+    base: Base
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    fan_in_fan_out: bool = False
+    magnitude: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the merged weight."""
+        return tuple(self.base.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the merged weight."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
+    def device(self) -> torch.device:
+        """Where W and the factors lie."""
+        return self.lora_a.device
+
+    def whole_job(self, out: Tensor, *, name: str = "") -> MergeJob:
+        """Say how to merge all of W into ``out``."""
+        height, width = self.shape
+        return self.job(out, rows=(0, height), cols=(0, width), name=name)
+
+    def job(self, out: Tensor, *, rows: tuple[int, int], cols: tuple[int, int], name: str = "") -> MergeJob:
+        """Say how to merge these rows and columns of W into ``out``."""
+        outs, ins = (cols, rows) if self.fan_in_fan_out else (rows, cols)
+        return MergeJob(
+            out=out,
+            base=self.base.rectangle(rows=rows, cols=cols),
+            lora_a=self.lora_a[:, ins[0] : ins[1]],
+            lora_b=self.lora_b[outs[0] : outs[1]],
+            scaling=self.scaling,
+            fan_in_fan_out=self.fan_in_fan_out,
+            magnitude=None if self.magnitude is None else self.magnitude[outs[0] : outs[1]],
+            name=name,
+        )
 
 
 def check_jobs(jobs: Sequence[MergeJob]) -> None:

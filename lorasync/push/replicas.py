@@ -10,13 +10,13 @@ from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
 from lorasync.push.target import target_of
+from lorasync.shared_gpu import SharedBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Literal
 
-    import torch
-
+    from lorasync.push.payload import Item
     from lorasync.push.target import Pause
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class Replicas:
 
     def __init__(self, targets: Mapping[str, object], *, timeout: float, pause: Pause) -> None:
         checked = {n: target_of(engine, timeout=timeout, pause=pause) for n, engine in targets.items()}
+        self._shared = SharedBuffer()
         self.sessions = [EngineSession(target, name=n, timeout=timeout) for n, target in checked.items()]
 
     @property
@@ -66,6 +67,15 @@ class Replicas:
     def version(self) -> int:
         """The newest that any of them serves."""
         return max(session.version for session in self.sessions)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether all of them are in this process."""
+        return all(session.target.in_process for session in self.sessions)
+
+    def on_gpu(self, gpu: str) -> bool:
+        """Whether all of them are in this process or on this GPU."""
+        return all(s.target.in_process or (bool(gpu) and s.gpu == gpu) for s in self.sessions)
 
     @property
     def generates_meanwhile(self) -> bool:
@@ -85,7 +95,7 @@ class Replicas:
 
     def send(
         self,
-        bucket: dict[str, torch.Tensor],
+        bucket: dict[str, Item],
         version: int,
         *,
         op: Literal["bucket", "base"] = "bucket",
@@ -95,7 +105,7 @@ class Replicas:
         if not beside and len(self.sessions) > 1:
             # Or one that another trainer has taken over would leave the others torn.
             self.each(lambda session: session.check_ours())
-        with Payload(bucket, [session.folder for session in self.sessions]) as payload:
+        with Payload(bucket, self.sessions, self._shared) as payload:
             seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
             return payload.digest, max(seconds)
 

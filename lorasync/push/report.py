@@ -11,7 +11,7 @@ from lorasync.wire import digest_of_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    import torch
+    from lorasync.push.payload import Item
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,11 @@ class Totals:
         self.source = self.sending = self.apply = 0.0
         self.digests: list[str] = []
 
-    def count(self, tensor: torch.Tensor) -> None:
+    def count(self, tensor: Item) -> None:
         self.tensors += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += tensor.nbytes
 
-    def add(
-        self, bucket: Mapping[str, torch.Tensor], bucket_digest: str, applying: float, sending: float
-    ) -> None:
+    def add(self, bucket: Mapping[str, Item], bucket_digest: str, applying: float, sending: float) -> None:
         for tensor in bucket.values():
             self.count(tensor)
         if bucket_digest:
@@ -100,7 +98,7 @@ class Totals:
         )
 
 
-def timed(source: Iterable[tuple[str, torch.Tensor]], totals: Totals) -> Iterator[tuple[str, torch.Tensor]]:
+def timed(source: Iterable[tuple[str, Item]], totals: Totals) -> Iterator[tuple[str, Item]]:
     """The source's stream, with the time that it takes itself added to ``totals``."""
     stream = iter(source)
     while True:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 import threading
 import time
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from lorasync.errors import EngineClosedError, EngineNotReadyError, PushInProgressError, SyncError
 from lorasync.push.apply import (
@@ -20,17 +24,16 @@ from lorasync.push.apply import (
     scalings,
     strategy_of,
 )
-from lorasync.push.payload import buckets
+from lorasync.push.payload import NO_SHARED_GPU, buckets
 from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.replicas import Replicas, named_targets
 from lorasync.push.report import SyncReport, Totals, timed
-from lorasync.source import MergedSource
+from lorasync.shared_gpu import gpu_of
+from lorasync.source import FactorSource, MergedSource
 from lorasync.wire import ADAPTER_IDS, manifest_as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    import torch
 
     from lorasync.push.target import Pause
 
@@ -282,15 +285,21 @@ class Sync:
             totals.apply += time.perf_counter() - committing
             if not self._stages_only:
                 engines.each(lambda session: session.target.reset_prefix_cache())
+            if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         if self._stages_only and engines.generates_meanwhile:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
     def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: _Stop) -> None:
-        stream = timed(self.source, totals)
+        source: Any = self.source
+        lends = isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source))
+        stream = timed(source.borrowed() if lends else source, totals)
+        here = engines.in_process and lends  # then parameters themselves travel, and take no memory
+        limit = sys.maxsize if here and isinstance(source, FactorSource) else self._bucket_bytes
         beside = self.apply is not None
         try:
-            for bucket in buckets(stream, self._bucket_bytes):
+            for bucket in buckets(stream, limit, lazily=here):
                 sending = time.perf_counter()
                 digest, applying = engines.send(bucket, version, beside=beside)
                 totals.add(bucket, digest, applying, time.perf_counter() - sending)
@@ -334,6 +343,12 @@ class Sync:
         for _, tensor in timed(self.source, totals):
             totals.count(tensor)
         return totals.report(self._newest + 1, 0, time.perf_counter() - began)
+
+
+def _gpu_of(source: FactorSource | MergedSource) -> str:
+    if os.environ.get(NO_SHARED_GPU):
+        return ""
+    return gpu_of(next((param.device for param in source.model.parameters()), torch.device("cpu")))
 
 
 def _with_survival(report: SyncReport, source: Any) -> SyncReport:

@@ -19,6 +19,7 @@ from lorasync.wire import Control, dtype_name, manifest_from_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from lorasync.kernels import PendingMerge
     from lorasync.receive.engine import WorkerEngine
 
 
@@ -88,7 +89,7 @@ class LoadApplier:
             "params": len(self._live.plan.layouts),
         }
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def receive(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> dict[str, Any]:
         check_bucket(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)

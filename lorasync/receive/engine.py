@@ -26,6 +26,7 @@ from lorasync.errors import (
 from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
+from lorasync.shared_gpu import Openings, gpu_of
 from lorasync.wire import (
     PROTOCOL,
     Control,
@@ -59,6 +60,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self.version = 0
         self.closed = ""
         self.weights_pushed = False
+        self._gpu = Openings(device)
+        self._here = False  # the trainer is in this process, and waits for the device itself
         self._copies: dict[str, CopiedBases] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
         self._staging: Future[None] | None = None
@@ -102,6 +105,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._applier.close(())
         self._applier = None
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:  # noqa: ARG004
+        """Not this way: vLLM up to 0.27 wants the method to exist."""
+        raise SyncError("trainer_send_weights: not used here. Push with lorasync.connect(source, engine).")
+
     # -------------------------------------------------------------------------------- operations
 
     def _hello(self, control: Control) -> dict[str, Any]:
@@ -118,7 +126,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         box = Mailbox.open(control.mailbox)
         if box is not None:
             self._mailboxes[control.session] = box
-        return self._applier.describe()
+        return {**self._applier.describe(), "gpu": gpu_of(self.device)}
 
     def _applier_for(self, control: Control) -> Applier:
         try:
@@ -171,6 +179,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             )
         try:
             found = applier.commit(control.version, control.in_flight)
+            if not self._here:
+                vllm_parts.wait_for(self.device)  # what fails on a GPU fails here, not in the first request
         except BaseException:
             self._abort(applier)
             raise
@@ -181,6 +191,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _rollback(self, control: Control) -> dict[str, Any]:
         found = self._applier_of(control.session).rollback(control.in_flight)
+        vllm_parts.wait_for(self.device)
         self.version = control.version
         return found
 
@@ -188,6 +199,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if control.session == self._session and self._applier is not None:
             self._applier.close(control.in_flight)
             self._applier = None
+            self._gpu.close()
         return {}
 
     def _digest(self) -> dict[str, Any]:
@@ -227,8 +239,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         return self._applier
 
     def _tensors_of(self, update: Update) -> dict[str, torch.Tensor]:
-        if update.tensors is not None:
+        self._here = update.tensors is not None
+        if self._here:
             return dict(update.tensors)
+        if update.gpu:
+            return self._gpu.read(update.gpu, update.layout, update.digest)
         if update.path:
             if update.session not in self._mailboxes:
                 raise PayloadError(

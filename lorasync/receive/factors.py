@@ -49,12 +49,16 @@ class FactorApplier:
         self._checkpoint = CheckpointBases(engine.model_config, self._dtype)
         self._touched = sorted(self._edits)
         self._packed_parts: dict[str, torch.Tensor] = {}
+        self._served: dict[str, torch.Tensor] | None = None
         self._previous: dict[str, torch.Tensor] | None = None
         self._torn = False
-        self._active: dict[str, torch.Tensor] = {}
-        self._grouped: GroupedMerge | None = None
+        self._active: Factors = {}  # those that are being merged
+        self._merges: dict[
+            int, GroupedMerge
+        ] = {}  # by the identity of the factors, whose memory is used again
         self._check_dora(ranks)
         self._bases: Bases = self._find_bases(engine)
+        self._plan_rows()
 
     # ----------------------------------------------------------------------------------- the four verbs
 
@@ -75,25 +79,28 @@ class FactorApplier:
     def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         staged = self._staging.take(version)
         self._complete_base()
-        previous = {name: tensor.clone() for name, tensor in self._active.items()} or None
         try:
             self._apply(staged)
         except BaseException:
             self._torn = True
-            if previous is not None:
-                self._apply(previous)
+            self._staging.give_back(staged)
+            if self._served is not None:
+                self._apply(self._served)
                 self._torn = False
             raise
         self._torn = False
-        self._previous = previous
+        if self._previous is not None:
+            self._staging.give_back(self._previous)
+        self._previous, self._served = self._served, staged
         return {}
 
     def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         if self._previous is None:
             raise SyncError("rollback: there is no version before this one on this connection.")
-        back = self._previous
-        self._apply(back)
-        self._previous = None
+        self._apply(self._previous)
+        if self._served is not None:
+            self._staging.give_back(self._served)
+        self._served, self._previous = self._previous, None
         return {}
 
     def undo(self) -> bool:
@@ -186,36 +193,35 @@ class FactorApplier:
         self._bases = _Mixed(packed, self._checkpoint)
         # What was quantized but has no adapter is part of the policy too: the engine still holds it unquantized.
         self._touched = sorted(self._edits.keys() | packed.names)
+        self._plan_rows()
+
+    def _plan_rows(self) -> None:
+        rows = self._direct_rows(self._touched)
+        self._grouped_rows = [row for row in rows if self._is_groupable(row)]
+        grouped = set(self._grouped_rows)
+        self._other_rows = _by_name(row for row in rows if row not in grouped)
+        self._layers = self._layers_through_loader()
+        self._written = {row.param for row in rows}
 
     def _apply(self, factors: Factors) -> None:
-        self._activate(factors)
+        self._active = factors
         self._merge_direct()
         writer = LiveWriter(self._live)
         try:
-            for layer in self._layers_through_loader():
+            for layer in self._layers:
                 writer.write({n: self._merged(n) for n in sorted(self._live.names_through_loader(layer))})
         except BaseException:
             writer.undo()
             raise
         writer.finish()
-        self._live.refresh({row.param for row in self._direct_rows(self._touched)})
-
-    def _activate(self, factors: Factors) -> None:
-        """Into storages that stay where they are, so that grouped launches are planned once."""
-        for name, tensor in factors.items():
-            if name in self._active:
-                self._active[name].copy_(tensor, non_blocking=True)
-            else:
-                self._active[name] = tensor.to(self._device, copy=True)
+        self._live.refresh(self._written)
 
     def _merge_direct(self) -> None:
-        if self._grouped is None:
-            grouped = [row for row in self._direct_rows(self._touched) if self._is_groupable(row)]
-            self._grouped = GroupedMerge([self._job(row) for row in grouped])
-            self._rest = [row for row in self._direct_rows(self._touched) if row not in set(grouped)]
-        if self._grouped.jobs:
-            self._grouped.run()
-        for name, rows in _by_name(self._rest).items():
+        if self._grouped_rows:
+            if id(self._active) not in self._merges:
+                self._merges[id(self._active)] = GroupedMerge([self._job(row) for row in self._grouped_rows])
+            self._merges[id(self._active)].run()
+        for name, rows in self._other_rows.items():
             for row, merged in self._merged_rows(name, rows):
                 self._live.live_slice(row.param, row.target).copy_(merged)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from lorasync.kernels import PendingMerge
 from lorasync.receive import vllm_parts
+from lorasync.receive.merges import LiveMerges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +41,8 @@ class LiveModel:
                 needs[_layer_name(param)].add(name)
         self._indirect = {name: tuple(params) for name, params in indirect.items()}
         self._needs = {layer: frozenset(names) for layer, names in needs.items()}
+        self.merges = LiveMerges(self)
+        self._on_gpu = any(param.is_cuda for param in self._params.values())
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
         """The window of a direct parameter that a row of the plan writes to."""
@@ -63,7 +67,9 @@ class LiveModel:
         return same and vllm_parts.is_plain_layer(self.layer_of(param))
 
     def refresh(self, params: set[str]) -> None:
-        """After direct writes: layers that keep a packed copy of one of these parameters pack it anew."""
+        """After direct writes: layers that keep a packed copy of one of these parameters pack it anew, on a CPU."""
+        if self._on_gpu:
+            return
         seen: set[int] = set()
         for param in params:
             for layer in self._sharers.get(_storage(self._params[param]), ()):
@@ -82,11 +88,15 @@ class LiveWriter:
         self._written: set[str] = set()
         self.touched = False
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy or load these checkpoint tensors; layers become complete, and live, one by one."""
-        through_loader = {}
-        for name, tensor in tensors.items():
+    def write(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
+        """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one."""
+        through_loader, merges = {}, {}
+        for name, given in tensors.items():
             self.touched = True
+            if isinstance(given, PendingMerge) and self._live.merges.takes(name, given):
+                merges[name] = given
+                continue
+            tensor = given.make() if isinstance(given, PendingMerge) else given
             for row in self._live.plan.rows_of(name):
                 if row.param in self._live.direct:
                     target = self._live.live_slice(row.param, row.target)
@@ -94,6 +104,9 @@ class LiveWriter:
                     self._written.add(row.param)
             if self._live.indirect_params_fed_by(name):
                 through_loader[name] = tensor
+        if merges:
+            self._live.merges.run(merges)
+            self._written |= {row.param for name in merges for row in self._live.plan.rows_of(name)}
         if through_loader:
             self._load(through_loader)
 

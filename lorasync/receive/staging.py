@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from lorasync.errors import Mismatch, MismatchError, PayloadError
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    import torch
-
+    from lorasync.kernels import PendingMerge
     from lorasync.receive.plan import ManifestEntry
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ class Staging:
         self.expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self.received: dict[str, torch.Tensor] = {}
         self._device = device
+        self._room: dict[str, torch.Tensor] = {}
+        self._spare: list[dict[str, torch.Tensor]] = []
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take a bucket.
@@ -32,8 +35,17 @@ class Staging:
             MismatchError: for names, dtypes and shapes that were not announced, all at once.
         """
         check_bucket(tensors, self.expected, self.received.keys())
-        # A copy also on the CPU: the payload's file is gone after the call.
-        self.received.update({n: t.to(self._device, copy=True) for n, t in tensors.items()})
+        if not self.received and self._spare:
+            self._room = self._spare.pop()
+        # Copies also on the CPU: the payload's file is gone after the call.
+        room = [self._room_for(name, tensor) for name, tensor in tensors.items()]
+        with torch.no_grad():
+            torch._foreach_copy_(room, list(tensors.values()), non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(
+                self._device
+            ).synchronize()  # the sender may write again after the answer
+        self.received.update(zip(tensors, room, strict=True))
 
     def take(self, version: int) -> dict[str, torch.Tensor]:
         """Everything that was announced, if it is all there.
@@ -46,11 +58,21 @@ class Staging:
             raise PayloadError(
                 f"version {version}: {len(missing)} of {len(self.expected)} tensors never came: {', '.join(missing[:8])}"
             )
-        taken, self.received = self.received, {}
+        taken, self.received, self._room = self._room, {}, {}
         return taken
 
     def drop(self) -> None:
+        """Forget what has come of an update that is given up."""
         self.received = {}
+
+    def give_back(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Let a later update use the memory of what was taken once."""
+        self._spare.append(tensors)
+
+    def _room_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in self._room:
+            self._room[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        return self._room[name]
 
 
 def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
@@ -68,7 +90,7 @@ def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
 
 
 def check_bucket(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | PendingMerge],
     expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     received: Iterable[str],
 ) -> None:
@@ -79,13 +101,15 @@ def check_bucket(
     """
     seen, wrong = set(received), []
     for name, tensor in tensors.items():
-        got = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
         want = expected.get(name)
+        if name not in seen and want == (tensor.dtype, tuple(tensor.shape)):
+            continue
+        got = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
         if name in seen:
             wrong.append(Mismatch(name, "it a second time", "each name once", "Fix the source."))
         elif want is None:
             wrong.append(Mismatch(name, got, "only names of the handshake", "connect() again."))
-        elif want != (tensor.dtype, tuple(tensor.shape)):
+        else:
             wrong.append(Mismatch(name, got, f"{dtype_name(want[0])} {want[1]}", "connect() again."))
     if wrong:
         raise MismatchError("A bucket is not what the handshake announced; none of it was applied.", wrong)

@@ -100,6 +100,12 @@ def beside_the_engine(device: torch.device) -> Iterator[None]:
         stream.synchronize()
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until everything that was launched on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -181,6 +187,9 @@ def lora_module_names(manager: Any) -> set[str]:
 
 
 def _rename_mapper(model: torch.nn.Module) -> Any:
+    """The model's renaming without the fusion of q, k and v: LoRA modules keep their own names."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    rename = getattr(mapper, "get_rename_mapper", None)  # absent in old versions
-    return rename() if callable(rename) else mapper
+    for method in ("get_rename_mapper", "get_unstacked_mapper"):  # the second up to 0.27
+        if hasattr(mapper, method):
+            return getattr(mapper, method)()
+    return mapper

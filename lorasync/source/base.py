@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasync.errors import AdapterError, UngatheredError
+from lorasync.kernels import PackedBase, PlainBase
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lorasync.kernels import Base
 
 
 def tensor_of(module: nn.Module, attr: str) -> Tensor:
@@ -73,6 +76,19 @@ def logical(module: nn.Module, attr: str, *, int8_dtype: torch.dtype) -> tuple[t
         state = quant_state(module, attr)
         return state.dtype, tuple(state.shape)
     return int8_dtype if how == "int8" else tensor.dtype, tuple(full_shape(tensor))
+
+
+def merge_base(module: nn.Module, attr: str) -> Base | None:
+    """Refer to a weight as a merge kernel reads it, without a copy; None where it can't be read as it lies."""
+    tensor, how = tensor_of(module, attr), packing(module, attr)
+    if tensor.ndim != 2 or tensor.device.type == "meta":
+        return None
+    if how == "plain":
+        return PlainBase(tensor.detach())
+    state = quant_state(module, attr)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    return PackedBase.from_bnb(tensor)
 
 
 @torch.no_grad()

@@ -14,13 +14,14 @@ from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableEr
 from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
-from lorasync.source.finite import FiniteCheck
+from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.merged import ParamMeta
 from lorasync.source.model import base_of, pick_adapters, unwrap
 from lorasync.source.plan import Slot, blocks, slots
+from lorasync.source.structure import Structure
 from lorasync.source.ties import conflicts, tied_to
 from lorasync.source.whole import whole
-from lorasync.zero import full_shape
+from lorasync.zero import can_be_sharded, full_shape, is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,6 +164,18 @@ def _saved(data: dict[str, Any]) -> FactorSaved:
     return FactorSaved(**data)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a pass sends, in order; it holds for as long as the model is built the same way."""
+
+    active: tuple[str, ...]
+    built: Structure
+    tensors: dict[str, Tensor]
+    scalings: dict[str, float]
+    finite: FiniteCheck
+    sharded: bool
+
+
 class FactorSource:
     """The trained tensors of one adapter, one at a time, named as in PEFT's `adapter_model.safetensors`.
 
@@ -194,12 +207,12 @@ class FactorSource:
         self.model: nn.Module = unwrap(model)
         self.adapter = adapter
         self.check_finite = check_finite
-        self._finite = FiniteCheck()
+        self._planned: _Plan | None = None
         self.spec()
 
     def metadata(self) -> list[ParamMeta]:
         """Say what iteration will yield, in its order; nothing is gathered."""
-        return [ParamMeta(name, t.dtype, tuple(full_shape(t))) for name, t in self._tensors().items()]
+        return [ParamMeta(name, t.dtype, tuple(full_shape(t))) for name, t in self._plan().tensors.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, tensor)`; a fresh pass each time.
@@ -207,18 +220,32 @@ class FactorSource:
         Raises:
             NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
         """
-        tensors = self._tensors()
+        plan = self._plan()
         if self.check_finite:
-            self._finite.inputs(list(tensors.items()))
-        for names in blocks(list(tensors)):
-            with whole([tensors[name] for name in names]) as gathered:
+            plan.finite()
+        for names in blocks(list(plan.tensors)):
+            with whole([plan.tensors[name] for name in names]) as gathered:
                 for name in names:
-                    yield name, _copy(gathered(tensors[name]))
+                    yield name, _copy(gathered(plan.tensors[name]))
+
+    def borrowed(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield as iteration does, but parameters themselves where they are whole: for who reads them at once.
+
+        Raises:
+            NonFiniteError: As iteration does.
+        """
+        plan = self._plan()
+        if plan.sharded and any(map(is_sharded, plan.tensors.values())):
+            yield from self
+            return
+        if self.check_finite:
+            plan.finite()
+        yield from [(name, tensor.detach()) for name, tensor in plan.tensors.items()]
 
     def spec(self) -> FactorSpec:
         """Describe the adapter for its receiver; nothing is gathered."""
         adapter = self._adapter()
-        wire = {id(tensor): name for name, tensor in self._tensors().items()}
+        wire = {id(tensor): name for name, tensor in self._plan().tensors.items()}
         base = base_of(self.model)
         found = slots(base, (adapter,))
         ties, broken = tied_to(base, found), conflicts(base, found)
@@ -242,12 +269,7 @@ class FactorSource:
 
     def scalings(self) -> dict[str, float]:
         """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
-        adapter = self._adapter()
-        return {
-            name: float(layer.scaling[adapter])
-            for name, layer in self.model.named_modules()
-            if isinstance(getattr(layer, "scaling", None), dict) and adapter in layer.scaling
-        }
+        return dict(self._plan().scalings)
 
     def packed_base(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the quantized base weights that the adapter was trained on, still packed.
@@ -279,14 +301,31 @@ class FactorSource:
             )
         return names[0]
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors under their names in PEFT's checkpoint: PEFT itself picks and renames."""
+    def _plan(self) -> _Plan:
+        """What there is to send, looked for again if the model is not built as it was."""
+        active, before = _active(self.model), self._planned
+        if before is not None and before.active == active and before.built.holds():
+            return before
+        adapter = self._adapter()
+        tensors = self._picked(adapter)
+        scaled = {
+            name: float(layer.scaling[adapter])
+            for name, layer in self.model.named_modules()
+            if isinstance(getattr(layer, "scaling", None), dict) and adapter in layer.scaling
+        }
+        finite = FiniteCheck([Input(name, tensor) for name, tensor in tensors.items()])
+        sharded = any(map(can_be_sharded, tensors.values()))
+        self._planned = _Plan(active, Structure(self.model), tensors, scaled, finite, sharded)
+        return self._planned
+
+    def _picked(self, adapter: str) -> dict[str, Tensor]:
+        """PEFT itself picks and renames."""
         held: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         held.update(self.model.named_buffers(remove_duplicate=False))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picked: dict[str, Tensor] = get_peft_model_state_dict(
-                self.model, state_dict=held, adapter_name=self._adapter(), save_embedding_layers=False
+                self.model, state_dict=held, adapter_name=adapter, save_embedding_layers=False
             )
         prefix = "" if isinstance(self.model, PeftModel | PeftMixedModel) else "base_model.model."
         return {prefix + name: tensor for name, tensor in picked.items()}

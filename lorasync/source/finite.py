@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,70 +12,149 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lorasync.errors import NonFiniteError
+from lorasync.kernels import Peaks
 from lorasync.source.base import scale_bound
 from lorasync.source.whole import whole
-from lorasync.zero import is_sharded
+from lorasync.zero import can_be_sharded, is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Sequence
 
     from lorasync.source.plan import Slot
 
 _SHOWN = 20
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Input:
+    """One tensor that a pass reads; ``bound`` bounds the absolute values of a packed one."""
+
+    name: str
+    tensor: Tensor
+    bound: Callable[[], float | None] | None = None
+
+
 class FiniteCheck:
     """Looks at every value that a pass will use, but at a frozen base weight only once.
 
     Each rank looks at what it holds; under ZeRO-3 and FSDP2 the ranks then compare notes (one small
-    collective), so that all refuse together. A pass whose factors are finite can still overflow the served
-    dtype: where that is possible at all, the module is merged once to see.
+    collective), so that all refuse together.
+
+    Args:
+        inputs: What a pass reads.
+        before: An earlier check, of whose frozen weights there is nothing to learn anew.
     """
 
-    _seen: dict[str, tuple[tuple[int, int, int], float]] = field(default_factory=dict)
+    def __init__(self, inputs: Sequence[Input], before: FiniteCheck | None = None) -> None:
+        self._inputs = tuple(inputs)
+        self._sharded = any(can_be_sharded(each.tensor) for each in inputs)
+        self._states: dict[str, tuple[int, int, int]] = dict(before._states) if before else {}
+        self._peaks: dict[str, float] = dict(before._peaks) if before else {}
+        self._scans: dict[tuple[torch.device, torch.dtype], tuple[list[int], Peaks]] = {}
 
-    def __call__(self, slots: Iterable[Slot], dtype: torch.dtype | None) -> None:
-        """Check what these slots are made of, and that their merge fits ``dtype``.
-
-        Raises:
-            NonFiniteError: With the name of every bad tensor.
-        """
-        slots = list(slots)
-        packed = {slot.name: scale_bound(slot.module, slot.attr) for slot in slots}
-        known = {name: bound for name, bound in packed.items() if bound is not None}
-        peaks = self.inputs(
-            [named for slot in slots for named in _inputs(slot) if named[0] not in known], known
-        )
-        _refuse([slot.name for slot in slots if _may_overflow(slot, dtype, peaks)])
-
-    def inputs(
-        self, named: list[tuple[str, Tensor]], known: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
-        """Check tensors as they are and return the largest absolute value of each.
-
-        Args:
-            named: What to look at.
-            known: The largest values of what needs no look.
+    def __call__(self) -> dict[str, float]:
+        """Check the tensors as they are and return the largest absolute value of each.
 
         Raises:
             NonFiniteError: With the name of every bad tensor.
         """
-        peaks = [self._peak(name, tensor) for name, tensor in named]
-        if any(is_sharded(tensor) for _, tensor in named):
-            peaks = _everywhere(peaks)
-        found = {**(known or {}), **dict(zip([name for name, _ in named], peaks, strict=True))}
-        _refuse([name for name, peak in found.items() if not math.isfinite(peak)])
-        return found
+        trained = [each for each in self._inputs if each.tensor.requires_grad]
+        for each in self._inputs:
+            if not each.tensor.requires_grad and self._states.get(each.name) != (s := self._state(each)):
+                self._states[each.name], self._peaks[each.name] = s, self._frozen_peak(each)
+        locals_ = [self._local(each.tensor) for each in trained]
+        self._peaks.update(zip([each.name for each in trained], self._peaks_of(locals_), strict=True))
+        peaks = {each.name: self._peaks[each.name] for each in self._inputs}
+        if self._sharded and any(is_sharded(each.tensor) for each in self._inputs):
+            peaks = dict(zip(peaks, _everywhere(list(peaks.values())), strict=True))
+        _refuse([name for name, peak in peaks.items() if not math.isfinite(peak)])
+        return peaks
 
-    def _peak(self, name: str, tensor: Tensor) -> float:
-        if tensor.requires_grad:
-            return _peak(tensor)
-        local = _local(tensor)
-        state = (id(tensor), local._version, local.data_ptr())
-        if name not in self._seen or self._seen[name][0] != state:
-            self._seen[name] = (state, _peak(tensor))
-        return self._seen[name][1]
+    def _state(self, each: Input) -> tuple[int, int, int]:
+        """Another one if the tensor was replaced, written to or moved."""
+        local = self._local(each.tensor)
+        return id(each.tensor), local._version, local.data_ptr()
+
+    def _frozen_peak(self, each: Input) -> float:
+        bound = each.bound() if each.bound else None
+        return _largest(self._local(each.tensor)) if bound is None else bound
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return _local(tensor) if self._sharded else tensor
+
+    @torch.no_grad()
+    def _peaks_of(self, tensors: list[Tensor]) -> list[float]:
+        """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
+        peaks = [math.nan] * len(tensors)
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for index, tensor in enumerate(tensors):
+            if tensor.is_cuda and tensor.is_contiguous() and tensor.is_floating_point():
+                groups[tensor.device, tensor.dtype].append(index)
+            else:
+                peaks[index] = _largest(tensor)
+        for kind, members in groups.items():
+            lie = [tensors[index].data_ptr() for index in members]
+            if kind not in self._scans or self._scans[kind][0] != lie:
+                self._scans[kind] = (lie, Peaks([tensors[index] for index in members]))
+            for index, peak in zip(members, self._scans[kind][1].now(), strict=True):
+                peaks[index] = peak
+        return peaks
+
+
+class Fit:
+    """Whether one merge can leave the served dtype although its factors are finite.
+
+    Where a bound of |W + s·B·A| does not exclude it, the module is merged once to see.
+    """
+
+    def __init__(self, slot: Slot, dtype: torch.dtype) -> None:
+        self._slot, self._dtype = slot, dtype
+        self._limit = torch.finfo(dtype).max
+        self._terms = [_term(slot, step) for step in slot.steps]
+
+    def holds(self, peaks: dict[str, float]) -> bool:
+        """Say so from the largest values of everything that goes into the merge."""
+        total = math.inf if self._slot.general is not None else peaks[self._slot.name]
+        for names, factor in self._terms:
+            total += factor * math.prod([peaks[name] for name in names])
+        if total < self._limit:
+            return True
+        with whole(self._slot.params) as gathered:
+            return bool(torch.isfinite(self._slot.make(self._dtype, whole=gathered)).all())
+
+
+def check_fits(fits: Sequence[Fit], peaks: dict[str, float]) -> None:
+    """Raise for merges that leave the served dtype.
+
+    Raises:
+        NonFiniteError: With the name of every such weight.
+    """
+    _refuse([fit._slot.name for fit in fits if not fit.holds(peaks)])
+
+
+def inputs_of(slot: Slot) -> list[Input]:
+    """List what is read to make a tensor of the merged model."""
+    packed = None if slot.packing == "plain" else lambda: scale_bound(slot.module, slot.attr)
+    inputs = [Input(slot.name, slot.held, packed)]
+    for step in slot.steps:
+        inputs += [Input(_part(slot, step.adapter, i), p) for i, p in enumerate(step.params)]
+    if slot.general is not None:
+        adapter = slot.general.adapters[-1]
+        inputs += [Input(f"{slot.name} ({adapter}, {i})", p) for i, p in enumerate(slot.general.params())]
+    return inputs
+
+
+def _term(slot: Slot, step: Any) -> tuple[list[str], float]:
+    """What a step adds at most: a factor times the product of the largest values of these inputs."""
+    names = [_part(slot, step.adapter, i) for i in range(len(step.params))]
+    scaling = abs(float(getattr(step.layer, "scaling", {}).get(step.adapter, 1.0)))
+    if len(names) == 1:
+        return names, max(scaling, 1.0)
+    return (names, scaling * step.layer.r[step.adapter]) if len(names) == 2 else ([], math.inf)
+
+
+def _part(slot: Slot, adapter: str, index: int) -> str:
+    return f"{slot.name} ({adapter}, {('A', 'B', 'magnitude')[index]})"
 
 
 def _refuse(bad: list[str]) -> None:
@@ -88,26 +168,9 @@ def _refuse(bad: list[str]) -> None:
         )
 
 
-def _inputs(slot: Slot) -> list[tuple[str, Tensor]]:
-    inputs = [(slot.name, slot.held)]
-    for step in slot.steps:
-        inputs += [(f"{slot.name} ({step.adapter}, {_part(i)})", p) for i, p in enumerate(step.params)]
-    if slot.general is not None:
-        inputs += [(f"{slot.name} ({slot.general.adapters[-1]})", p) for p in slot.general.params()]
-    return inputs
-
-
-def _part(index: int) -> str:
-    return ("A", "B", "magnitude")[index]
-
-
 @torch.no_grad()
-def _peak(tensor: Tensor) -> float:
-    """The largest absolute value of what this rank holds, or NaN; without a copy of the tensor."""
-    return _largest(_local(tensor))
-
-
 def _largest(values: Tensor) -> float:
+    """The largest absolute value, or NaN; without a copy of the tensor."""
     if values.numel() == 0 or values.device.type == "meta" or not values.dtype.is_floating_point:
         return 0.0
     low, high = (float(x) for x in torch.aminmax(values))
@@ -132,26 +195,3 @@ def _everywhere(peaks: list[float]) -> list[float]:
     values = torch.tensor(mine, dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [float(v) for v in values]
-
-
-def _may_overflow(slot: Slot, dtype: torch.dtype | None, peaks: dict[str, float]) -> bool:
-    """Whether the merged values leave the served dtype; computed only where a bound doesn't exclude it."""
-    target = slot.dtype if dtype is None else dtype
-    if not slot.adapted or not target.is_floating_point or _bound(slot, peaks) < torch.finfo(target).max:
-        return False
-    with whole(slot.params) as gathered:
-        return not bool(torch.isfinite(slot.make(target, whole=gathered)).all())
-
-
-def _bound(slot: Slot, peaks: dict[str, float]) -> float:
-    """An upper bound of |W + s·B·A| from the largest values of each; infinite where only a merge can tell."""
-    total = math.inf if slot.general is not None else peaks[slot.name]
-    for step in slot.steps:
-        found = [peaks[f"{slot.name} ({step.adapter}, {_part(i)})"] for i in range(len(step.params))]
-        layer: Any = step.layer
-        scaling = abs(float(getattr(layer, "scaling", {}).get(step.adapter, 1.0)))
-        if len(found) == 1:
-            total += max(scaling, 1.0) * found[0]
-        else:
-            total += scaling * layer.r[step.adapter] * found[0] * found[1] if len(found) == 2 else math.inf
-    return total

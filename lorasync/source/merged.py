@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasync.merge import NEAREST, DeltaSurvival, Rounding, Scratch, delta_survival
+from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
-from lorasync.source.finite import FiniteCheck
+from lorasync.source.finite import FiniteCheck, Fit, check_fits, inputs_of
 from lorasync.source.model import base_of, pick_adapters, unwrap
 from lorasync.source.plan import Slot, blocks, slots
+from lorasync.source.structure import Structure
 from lorasync.source.ties import check_updates, untied
-from lorasync.source.whole import Whole, whole
+from lorasync.source.whole import AS_HELD, Whole, whole
+from lorasync.zero import can_be_sharded, is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from lorasync.kernels import PendingMerge
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,29 @@ class ParamMeta:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What is gathered at once: a decoder layer."""
+
+    groups: list[Group]
+    params: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about a pass but the values; it holds for as long as the model is built the same way."""
+
+    settings: tuple[Any, ...]
+    built: Structure
+    everything: list[Slot]
+    stored: dict[str, Slot]
+    blocks: list[_Block]
+    finite: FiniteCheck
+    fits: list[Fit]
+    inputs: list[Tensor]
+    sharded: bool
 
 
 class MergedSource:
@@ -76,14 +103,20 @@ class MergedSource:
         self.check_finite = check_finite
         self.rounding = rounding
         self.untie = untie
-        self._finite = FiniteCheck()
         self._layout = CheckpointLayout(base_of(self.model))
         self._cut: tuple[Any, list[Group]] = (None, [])
+        self._planned: _Plan | None = None
+        self._lent: tuple[Any, list[tuple[Group, Tensor | PendingMerge | None]]] = (None, [])
         self.metadata()
 
     def metadata(self) -> list[ParamMeta]:
         """Say what iteration will yield, in its order; nothing is gathered or computed."""
-        return [ParamMeta(*output) for group in self._groups(self._slots()) for output in group.outputs]
+        return [
+            ParamMeta(*output)
+            for block in self._plan().blocks
+            for group in block.groups
+            for output in group.outputs
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, tensor)`; a fresh pass each time.
@@ -91,21 +124,57 @@ class MergedSource:
         Raises:
             NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
         """
-        ready, scratch = self._ready(), Scratch()
-        for block, params in _blocks(self._groups(ready), ready):
-            with whole(params) as gathered:
-                for group in block:
-                    yield from self._converted(group, ready, gathered, scratch)
+        plan, scratch = self._ready(), Scratch()
+        for block in plan.blocks:
+            with whole(block.params) as gathered:
+                for group in block.groups:
+                    yield from self._converted(group, plan.stored, gathered, scratch)
+
+    def borrowed(self) -> Iterator[tuple[str, Tensor | PendingMerge]]:
+        """Yield as iteration does, for a receiver in this process that reads at once.
+
+        Low-rank merges of linear weights come as `PendingMerge`, the same objects again for as long as the model
+        lies where it lay; weights that no adapter touches may be the model's own.
+
+        Raises:
+            NonFiniteError: As iteration does.
+        """
+        if self._is_sharded(self._plan()):
+            yield from self
+            return
+        plan, scratch = self._ready(), Scratch()
+        lies = [tensor.data_ptr() for tensor in plan.inputs]
+        if self._lent[0] != (id(plan), lies):
+            groups = [group for block in plan.blocks for group in block.groups]
+            self._lent = ((id(plan), lies), [(group, self._lend(group, plan.stored)) for group in groups])
+        for group, item in self._lent[1]:
+            if item is not None:
+                yield group.outputs[0][0], item
+            else:
+                yield from self._converted(group, plan.stored, AS_HELD, scratch)
+
+    def _lend(self, group: Group, found: dict[str, Slot]) -> Tensor | PendingMerge | None:
+        """What stands for a group without work on it; None where there is some."""
+        slot, dtype = found[group.members[0]], group.outputs[0][1]
+        if not group.renamed or not isinstance(self.rounding, Nearest):
+            return None
+        if slot.adapted:
+            return slot.pending(dtype)
+        return slot.held.detach() if (slot.packing, slot.dtype) == ("plain", dtype) else None
+
+    def _is_sharded(self, plan: _Plan) -> bool:
+        return plan.sharded and any(map(is_sharded, plan.inputs))
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
 
         A pass of its own, with twice the arithmetic of a sync; every rank has to iterate.
         """
-        ready = self._ready()
-        for block, params in _blocks(self._groups(ready), ready):
-            with whole(params) as gathered:
-                for slot in [ready[name] for group in block for name in group.members if ready[name].adapted]:
+        plan = self._ready()
+        for block in plan.blocks:
+            members = [plan.stored[name] for group in block.groups for name in group.members]
+            with whole(block.params) as gathered:
+                for slot in [slot for slot in members if slot.adapted]:
                     served = slot.make(self._dtype(slot), self.rounding, gathered)
                     yield delta_survival(slot.name, slot.base(gathered), slot.exact(gathered), served)
 
@@ -119,23 +188,40 @@ class MergedSource:
 
         return weight_source(self)
 
-    def _ready(self) -> dict[str, Slot]:
+    def _ready(self) -> _Plan:
         """Plan a pass and check all that can be checked before its first tensor."""
-        everything = self._everything()
-        found = self._stored(everything)
+        plan = self._plan()
         if not self.untie:
-            check_updates(everything)
+            check_updates(plan.everything)
         if self.check_finite:
-            self._finite(found.values(), self.dtype)
+            check_fits(plan.fits, plan.finite())
         else:
-            _try_general(found.values())
-        return found
+            _try_general(plan.stored.values())
+        return plan
 
-    def _slots(self) -> dict[str, Slot]:
-        return self._stored(self._everything())
-
-    def _everything(self) -> list[Slot]:
-        return slots(base_of(self.model), pick_adapters(self.model, self.adapter))
+    def _plan(self) -> _Plan:
+        """The plan of a pass, made anew if the model is not built as it was."""
+        settings, before = (self.adapter, self.dtype, self.untie), self._planned
+        if before is not None and before.settings == settings and before.built.holds():
+            return before
+        built = Structure(self.model)
+        everything = slots(base_of(self.model), pick_adapters(self.model, self.adapter))
+        stored = self._stored(everything)
+        params = {id(param): param for slot in stored.values() for param in slot.params}
+        inputs = [each for slot in stored.values() for each in inputs_of(slot)]
+        served = [(slot, self._dtype(slot)) for slot in stored.values()]
+        self._planned = _Plan(
+            settings,
+            built,
+            everything,
+            stored,
+            blocks=list(_blocks(self._groups(stored), stored)),
+            finite=FiniteCheck(inputs, before.finite if before else None),
+            fits=[Fit(slot, dtype) for slot, dtype in served if slot.adapted and dtype.is_floating_point],
+            inputs=list(params.values()),
+            sharded=any(map(can_be_sharded, params.values())),
+        )
+        return self._planned
 
     def _stored(self, everything: list[Slot]) -> dict[str, Slot]:
         """What the checkpoint stores: without tied aliases and what transformers never saves."""
@@ -181,13 +267,13 @@ def _try_general(found: Iterable[Slot]) -> None:
             slot.exact(gathered)
 
 
-def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[tuple[list[Group], list[Tensor]]]:
+def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[_Block]:
     """Cut the stream into decoder layers: what is gathered at once, with the parameters of each."""
     by_first = {group.members[0]: group for group in groups}
     for names in blocks(list(by_first)):
         block = [by_first[name] for name in names]
         params = [param for group in block for name in group.members for param in found[name].params]
-        yield block, list({id(param): param for param in params}.values())
+        yield _Block(block, list({id(param): param for param in params}.values()))
 
 
 def _own(tensor: Tensor, held: set[int]) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lorasync.errors import AdapterError, UnmergeableError
+from lorasync.source.structure import ADAPTER_MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ Adapters = tuple[str, ...] | None
 """The adapters that are asked for by name; ``None`` means each layer's active ones."""
 
 
-_ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # PEFT's kinds, beside prompt learning, that no weights stand for.
 _ON_ACTIVATIONS = {"ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"}
 
@@ -80,7 +78,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     """
     base = base_of(model)
     known = sorted(getattr(model, "peft_config", None) or getattr(base, "peft_config", None) or {})
-    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, _ADAPTER_MODULES)]
+    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, ADAPTER_MODULES)]
     _refuse_kinds(model)
     if not layers:
         fix = "Wrap it with peft.get_peft_model first, or pass the PEFT model, not its base."

@@ -12,9 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lorasync.errors import Mismatch, MismatchError
+from lorasync.kernels import PendingMerge
 from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, merge_and_round
 from lorasync.source import layers, replica
-from lorasync.source.base import logical, packing, read, tensor_of, tensors_of
+from lorasync.source.base import logical, merge_base, packing, read, tensor_of, tensors_of
 from lorasync.source.model import submodules
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape
@@ -89,6 +90,29 @@ class Slot:
             )
         exact = self.exact(whole, as_peft=isinstance(rounding, Nearest))
         return rounding(exact, dtype, key=self.name)
+
+    def pending(self, dtype: torch.dtype) -> PendingMerge | None:
+        """Describe the merge instead of doing it; None where it is not one low-rank update of a linear weight.
+
+        Everything must be whole, and is only referred to: read before the model changes.
+        """
+        only = self.steps[0] if len(self.steps) == 1 else None
+        if only is None or only.how is None or only.how.kind != "linear" or only.how.cast_first:
+            return None
+        base = merge_base(self.module, self.attr)
+        if base is None:
+            return None
+        lora_a, lora_b, *magnitude = (param.detach() for param in only.params)
+        return PendingMerge(
+            base=base,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            scaling=only.how.scaling,
+            dtype=dtype,
+            make=lambda: self.make(dtype),
+            fan_in_fan_out=only.how.transposed,
+            magnitude=magnitude[0].flatten() if magnitude else None,
+        )
 
     def base(self, whole: Whole = AS_HELD) -> Tensor:
         """Read the base weight, whole and dequantized; it may share memory with the model."""

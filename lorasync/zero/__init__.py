@@ -1,7 +1,7 @@
 """All that knows DeepSpeed's and FSDP2's attributes: the guard, and `gathered` for sharded parameters."""
 
 from lorasync.zero.facts import ZeroPlan
-from lorasync.zero.gather import full_shape, gathered, is_sharded
+from lorasync.zero.gather import can_be_sharded, full_shape, gathered, is_sharded
 from lorasync.zero.guard import check_zero, inspect_path, inspect_zero
 from lorasync.zero.report import Finding, Versions, ZeroReport
 from lorasync.zero.settings import Fsdp2, ZeroSettings, read_settings
@@ -13,6 +13,7 @@ __all__ = [
     "ZeroPlan",
     "ZeroReport",
     "ZeroSettings",
+    "can_be_sharded",
     "check_zero",
     "full_shape",
     "gathered",

@@ -46,6 +46,16 @@ def is_sharded(param: Tensor) -> bool:
     return _is_dtensor(param) and any(not p.is_replicate() for p in cast("Any", param).placements)
 
 
+def can_be_sharded(param: Tensor) -> bool:
+    """Whether it is a ZeRO-3 or FSDP2 parameter, whole or not at this moment.
+
+    Example:
+        >>> can_be_sharded(torch.zeros(2))
+        False
+    """
+    return _is_zero3(param) or _is_dtensor(param)
+
+
 def full_shape(param: Tensor) -> torch.Size:
     """Return the shape of the whole parameter, whatever this rank holds of it.
 

@@ -1,0 +1,50 @@
+"""The largest absolute value of each of many tensors on a GPU, in one launch and with one wait."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Peaks:
+    """Planned once for tensors of one device and dtype; they must stay where they are.
+
+    Raises:
+        ValueError: The tensors differ in device or dtype, or are not contiguous.
+
+    Example:
+        >>> x = torch.tensor([1.0, -3.0])
+        >>> Peaks([x]).now()
+        [3.0]
+        >>> _ = x.fill_(float("nan"))
+        >>> Peaks([x]).now()
+        [nan]
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        kinds = {(t.device, t.dtype) for t in tensors}
+        if len(kinds) > 1 or not all(t.is_contiguous() for t in tensors):
+            raise ValueError(f"tensors: got {kinds}, expected contiguous ones of one device and dtype.")
+        self._tensors = tuple(tensors)
+        self._scan: Any = None
+        device, dtype = next(iter(kinds), (torch.device("cpu"), torch.float32))
+        if device.type == "cuda" and dtype in FLOATS and find_spec("triton") is not None:
+            from lorasync.kernels.triton_peaks import Scan
+
+            self._scan = Scan(self._tensors)
+
+    def now(self) -> list[float]:
+        """Look at what the tensors hold at this moment; NaN where a tensor holds one."""
+        if self._scan is not None:
+            found: list[float] = self._scan.run().tolist()
+            return found
+        return [float(t.detach().abs().amax()) if t.numel() else 0.0 for t in self._tensors]
