@@ -1,8 +1,9 @@
-"""How long does a sync take, what travels, and how fast does the engine generate afterwards: four ways in one run.
+"""How long does a sync take, what travels, and how fast does the engine generate afterwards: five ways in one run.
 
-Ways: a full merged push, factors merged in the worker, factors into LoRA slots from memory, and vLLM's own disk route
-(`save_pretrained` to /dev/shm, a new path a version). The same adapter goes each way; the first two have to give the same
-tokens and log-probabilities, and so do the last two.
+Ways: a full merged push, factors merged in the worker, the usual way (`merge_adapter`, the merged weights saved to
+/dev/shm, vLLM's `reload_weights`, `unmerge_adapter`), factors into LoRA slots from memory, and vLLM's own disk route
+(`save_pretrained` to /dev/shm, a new path a version). The same adapter goes each way; the first two have to give the
+same tokens and log-probabilities, the third those of its own fp32 arithmetic, and the last two the same.
 
     python benchmarks/sync_cpu.py MODEL [--results FILE]
 """
@@ -41,6 +42,7 @@ def main() -> None:
 
 
 def measure(path: str) -> list[tuple[str, int, float, float]]:
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
     from vllm.lora.request import LoRARequest
 
@@ -89,11 +91,34 @@ def measure(path: str) -> list[tuple[str, int, float, float]]:
             )
         with connect(ls.MergedSource(policy), llm) as sync:
             timed("merged push", lambda _: sync.send_weights().bytes, sync.request)
-    slots, disk, worker, merged = (
-        a for _, a in sorted(answers.items(), key=lambda item: list(answers).index(item[0]))
-    )
+        frozen = {name: p.detach().clone() for name, p in policy.named_parameters() if "lora_" not in name}
+
+        def the_usual_way(_: int) -> int:
+            policy.merge_adapter()
+            merged = {
+                ls.checkpoint_name(name): p.detach().clone()
+                for name, p in policy.named_parameters()
+                if "lora_" not in name
+            }
+            save_file(merged, Path(shm) / "model.safetensors")
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": shm})
+            policy.unmerge_adapter()
+            llm.reset_prefix_cache()
+            return (Path(shm) / "model.safetensors").stat().st_size
+
+        timed("merge_adapter, save, reload_weights, unmerge_adapter", the_usual_way, dict)
+        drift = max(
+            float((p.detach() - frozen[name]).abs().max())
+            for name, p in policy.named_parameters()
+            if name in frozen
+        )
+        print(f"merge_adapter and unmerge_adapter have changed the trainer's base by up to {drift:.1e}")
+    slots, disk, worker, merged, usual = answers.values()
     assert slots == disk, "both adapter routes give the same answers"
     assert worker == merged, "both merges give the same answers"
+    assert [tokens for tokens, _ in usual] == [tokens for tokens, _ in merged], (
+        "the usual way, the same tokens"
+    )
     return rows
 
 
@@ -118,7 +143,7 @@ def report(model: str, rows) -> str:
         f"linear layers; medians of {REPEATS} syncs after one. {libraries}."
     )
     table = ["| way | MB a sync | s a sync | tokens/s afterwards |", "| --- | --- | --- | --- |"]
-    lines = ["# Four ways to bring one adapter into a live vLLM, on a CPU", "", how, "", *table]
+    lines = ["# Five ways to bring one adapter into a live vLLM, on a CPU", "", how, "", *table]
     lines += [
         f"| {name} | {size / 1e6:.1f} | {seconds:.3f} | {tokens:.0f} |"
         for name, size, seconds, tokens in rows
