@@ -67,9 +67,10 @@ class _Session:
             last = output
         made = last.outputs[0]
         assert (last.finished, made.finish_reason, len(made.token_ids)) == (True, "length", tokens)
-        spans = [(int(s.version), s.start, s.end) for s in made.weight_versions]
         if request:
             spans = [(request["lora_request"].lora_int_id - ADAPTER_IDS, 0, tokens)]
+        else:
+            spans = [(int(s.version), s.start, s.end) for s in made.weight_versions]
         return Answer(tuple(last.prompt_token_ids), tuple(made.token_ids), tuple(spans))
 
     async def use(self, stop: asyncio.Event) -> None:
