@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import lorasync as ls
+from lorasync.push.cost import ETHERNET10, H100
 from lorasync.push.plan import plan
 from tests import models
 
@@ -62,3 +63,16 @@ def test_a_qlora_policy_sends_its_own_base_once(smollm2):
     assert found.choice == 'MergeInWorker(base="nf4")'
     assert by_name["MergeInWorker"].setup_bytes == pytest.approx(106e6 / 2, rel=0.02)
     assert "another policy" in by_name["ServeAdapter"].fidelity
+
+
+def test_seconds_are_those_of_the_cost_model_where_a_device_is_named():
+    policy = models.with_adapter(models.tiny_llama(), r=2)
+    found = plan(policy, device=H100, link=ETHERNET10)
+    merged, worker, slots = found.strategies
+    assert merged.seconds == pytest.approx(
+        merged.wire_bytes / ETHERNET10.bandwidth + ETHERNET10.overhead, rel=0.2
+    )
+    assert merged.seconds > worker.seconds > 0
+    assert slots.seconds > 0
+    assert "; about " in str(found)
+    assert plan(policy).strategies[0].seconds is None

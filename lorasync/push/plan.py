@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorasync.errors import LorasyncError
+from lorasync.push.cost import Job, sync_seconds
 from lorasync.source import FactorSource, MergedSource, unwrap
 from lorasync.source.base import packing
 from lorasync.source.model import base_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from lorasync.push.cost import Device, Link
+
+
+_SLOTS_DECODE = "1.24 to 1.34 times as long (7B, r=64, H100): every layer computes the factors too"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Strategy:
         wire_bytes: what travels at each sync.
         setup_bytes: what travels once, in the handshake.
         worker_bytes: what the workers keep besides the weights that they serve, all ranks together.
+        seconds: what a sync is expected to take by the cost model (`lorasync.push.cost`); None where no device was named.
         fidelity: how exactly the engine then serves the trained policy.
         decode: what generating costs compared with merged weights.
     """
@@ -37,6 +44,7 @@ class Strategy:
     worker_bytes: int
     fidelity: str
     decode: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,28 @@ class SyncPlan:
         lines = [
             f"{'→' if s.name == self.choice else ' '} {s.name}: "
             + (s.refusal or f"{_size(s.wire_bytes)} a sync, {_size(s.setup_bytes)} once, {_size(s.worker_bytes)} kept; "
-               f"{s.fidelity}; decodes {s.decode}")
+               f"{s.fidelity}; decodes {s.decode}" + (f"; about {s.seconds:.3g} s" if s.seconds is not None else ""))
             for s in self.strategies
         ]  # fmt: skip
         return "\n".join(lines)
 
 
-def plan(model: Any, target: Any = None, *, adapter: str | None = None) -> SyncPlan:
+def plan(
+    model: Any,
+    target: Any = None,
+    *,
+    adapter: str | None = None,
+    device: Device | None = None,
+    link: Link | None = None,
+) -> SyncPlan:
     """Say how this adapter can reach this engine; nothing is gathered, sent or changed.
 
     Args:
         model: the training model, or the engine around it.
         target: a `vllm.LLM` or `AsyncLLM`; None judges the adapter alone.
         adapter: which adapter; the active one by default.
+        device: what trainer and engine run on (`lorasync.push.cost.H100`, for one), for the expected seconds.
+        link: how bytes get to the engine (`lorasync.push.cost.ETHERNET10`); None where both share a process.
 
     Returns:
         the strategies with bytes and fidelity, and a choice. Whether the engine holds the same base is compared
@@ -79,11 +96,13 @@ def plan(model: Any, target: Any = None, *, adapter: str | None = None) -> SyncP
     """
     config = _vllm_config(target)
     packed = _packed_kind(unwrap(model))
-    strategies = (
+    strategies: tuple[Strategy, ...] = (
         _merged(model, adapter),
         _in_worker(model, adapter, packed),
         _served(model, adapter, packed, config),
     )
+    if device is not None:
+        strategies = tuple(_timed(s, model, adapter, packed, device, link) for s in strategies)
     possible = [s for s in strategies if not s.refusal]
     full_speed = [s for s in possible if s.name != "ServeAdapter"]
     best = min(full_speed or possible, key=lambda s: s.wire_bytes, default=None)
@@ -137,9 +156,33 @@ def _served(model: Any, adapter: str | None, packed: str, config: Any) -> Strate
     fidelity = "exact, nothing is rounded"
     if packed != "plain":
         fidelity = f"another policy: trained on {packed} weights, served on the engine's (other_base=True accepts it)"
-    return Strategy(
-        "ServeAdapter", refusal, size, 0, 2 * size, fidelity, "slower: every layer computes the factors too"
+    return Strategy("ServeAdapter", refusal, size, 0, 2 * size, fidelity, _SLOTS_DECODE)
+
+
+def _timed(
+    strategy: Strategy, model: Any, adapter: str | None, packed: str, device: Device, link: Link | None
+) -> Strategy:
+    if strategy.refusal or _measure(lambda: FactorSource(model, adapter=adapter))[0]:
+        return strategy
+    modules = FactorSource(model, adapter=adapter).spec().modules
+    merged = sum(torch.Size(m.shape).numel() for m in modules)
+    metadata = MergedSource(model, adapter=adapter).metadata()
+    factors = FactorSource(model, adapter=adapter).metadata()
+    job = Job(
+        merged=merged,
+        untouched=sum(torch.Size(m.shape).numel() for m in metadata) - merged,
+        factors=sum(torch.Size(m.shape).numel() for m in factors),
+        rank=max((m.r for m in modules), default=0),
+        base={"fp4": "nf4", "plain": _BASES.get(metadata[0].dtype.itemsize, "bf16")}.get(packed, packed),
+        served_bytes=metadata[0].dtype.itemsize,
+        factor_bytes=max(factors[0].dtype.itemsize, 2),
+        passes=int(any(m.dora for m in modules)),
     )
+    kind = {"MergedSource": "merged", "ServeAdapter": "adapter"}.get(strategy.name, "factors")
+    return replace(strategy, seconds=sync_seconds(kind, job, trainer=device, worker=device, link=link).total)
+
+
+_BASES = {2: "bf16", 4: "fp32"}
 
 
 def _measure(make: Callable[[], Any]) -> tuple[str, int]:
