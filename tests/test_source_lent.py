@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import lorasync as ls
-from lorasync.errors import AdapterError, NonFiniteError
+from lorasync.errors import AdapterError, MismatchError, NonFiniteError
 from lorasync.kernels import Peaks, PendingMerge
 from lorasync.load import load_quantized
 from lorasync.presets import NF4
@@ -114,6 +114,17 @@ def test_a_kept_plan_still_refuses_what_is_wrong(kind: Any) -> None:
     next(p for n, p in policy.named_parameters() if ".lora_B." in n).data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="1 tensors"):
         list(source.borrowed())
+
+
+def test_a_kept_plan_sees_a_factor_that_is_not_whole():
+    policy = a_policy()
+    source = ls.MergedSource(policy)
+    list(source.borrowed())
+    next(p for n, p in policy.named_parameters() if "up_proj.lora_B" in n).data = torch.empty(0)
+    with pytest.raises(MismatchError, match="up_proj"):
+        next(iter(source))
+    with pytest.raises(MismatchError, match="up_proj"):
+        next(source.borrowed())
 
 
 def test_a_borrowed_factor_is_the_parameter_itself() -> None:

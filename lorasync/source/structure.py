@@ -11,6 +11,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from lorasync.zero import full_shape
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class Structure:
-    """What a plan of a model depends on beside the values: its modules, adapter layers, their state and scaling.
+    """What a plan of a model depends on beside the values: modules, adapter layers, their shapes, state and scaling.
 
     Asking whether it still holds is cheap, as it is asked at each push: torch counts what is registered anywhere,
     and only adapter layers are looked at.
@@ -58,6 +60,7 @@ class Structure:
 
     def _now(self) -> list[Any]:
         found: list[Any] = [hasattr(param, "ds_id") for _, _, param in self._params[:1]]
+        found += [full_shape(param) for _, _, param in self._params]
         for layer in self._layers:  # hundreds, at each push: no properties
             held = layer.__dict__
             active = held.get("_active_adapter")
