@@ -174,6 +174,17 @@ def test_what_is_no_single_lora_is_refused() -> None:
         FactorSource(build("llama"))
 
 
+@pytest.mark.parametrize(
+    "change", [{"ties": "x"}, {"modules": {}}, {"adapter": None}, {"config": []}, {"more": 1}]
+)
+def test_a_spec_of_other_types_is_refused(change):
+    spec = FactorSource(
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    ).spec()
+    with pytest.raises(ValueError, match="FactorSpec: got"):
+        FactorSpec.from_json(json.dumps({**json.loads(spec.to_json()), **change}))
+
+
 def test_bad_tensors_are_refused_before_anything() -> None:
     model = adapt(build("llama"), target_modules=["q_proj"])
     source = FactorSource(model)

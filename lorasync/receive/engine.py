@@ -15,7 +15,6 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync import __version__
 from lorasync.errors import (
-    EngineClosedError,
     LorasyncError,
     Mismatch,
     MismatchError,
@@ -311,12 +310,3 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if kind not in self._copies:
             self._copies[kind] = CopiedBases(self.device if kind == "device" else "cpu", checkpoint)
         return self._copies[kind]
-
-    def check_open(self) -> None:
-        """Raise if a merged push died half-way.
-
-        Raises:
-            EngineClosedError: naming the version and what to do.
-        """
-        if self.closed:
-            raise EngineClosedError(self.closed)

@@ -140,9 +140,25 @@ class FactorSpec:
             raise ValueError(
                 "FactorSpec: got other fields than expected. Do both sides run the same lorasync?"
             )
+        wrong = [
+            f"{key}: {type(data[key]).__name__}"
+            for key, kind in _JSON.items()
+            if not isinstance(data[key], kind)
+        ]
+        if wrong:
+            raise ValueError(f"FactorSpec: got {', '.join(wrong)}, expected what to_json wrote.")
         parts = {"modules": _module, "biases": _bias, "rows": _rows, "saved": _saved}
         read = {key: tuple(make(each) for each in data[key]) for key, make in parts.items()}
         return cls(**{**data, **read, "conflicts": tuple(data["conflicts"])})
+
+
+_JSON: dict[str, type | tuple[type, ...]] = {
+    "adapter": str,
+    "config": dict,
+    **dict.fromkeys(("modules", "biases", "rows", "saved", "conflicts"), list),
+    "ties": dict,
+    "base_changed_by": (str, type(None)),
+}
 
 
 def _module(data: dict[str, Any]) -> FactorModule:
