@@ -144,7 +144,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             raise SyncError("The trainer gave up the update.")
         try:
             tensors = self._tensors_of(update)
-            return applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
+            found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
+            if update.gpu:
+                vllm_parts.wait_for_stream(
+                    self.device
+                )  # once it has its answer the trainer writes there again
+            return found
         except BaseException:
             self._abort(applier)
             raise

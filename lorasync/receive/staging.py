@@ -41,10 +41,6 @@ class Staging:
         room = [self._room_for(name, tensor) for name, tensor in tensors.items()]
         with torch.no_grad():
             torch._foreach_copy_(room, list(tensors.values()), non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(
-                self._device
-            ).synchronize()  # the sender may write again after the answer
         self.received.update(zip(tensors, room, strict=True))
 
     def take(self, version: int) -> dict[str, torch.Tensor]:

@@ -106,6 +106,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until what this thread has launched is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
