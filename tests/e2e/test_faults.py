@@ -50,6 +50,7 @@ from tests.e2e.dying_trainer import Calls, serve_until_gone
 from tests.e2e.engines import PROMPTS, Answers, answers_of, greedy, running_llm
 from tests.e2e.faults import (
     COPIES,
+    PRODUCTS,
     Bomb,
     Broken,
     Fixed,
@@ -491,7 +492,7 @@ ROWS = (
 
 ROWS_IN_THIS_PROCESS = (
     Row("out of memory in a worker while it merges or installs", RuntimeError, "can't allocate memory",
-        lambda b: NoMemory(3) if b.strategy == "factors" else NoMemory(28 + 3, COPIES),  # 28 are made before the slots
+        lambda b: NoMemory(3, PRODUCTS if b.strategy == "factors" else COPIES),  # copies into the slots: the first ones
         FACTORS),
 )  # fmt: skip
 
