@@ -29,6 +29,11 @@ class Bases(Protocol):
     def whole(self, name: str) -> torch.Tensor: ...
 
 
+def is_rectangle(row: Row) -> bool:
+    """Whether a row of the plan reads rows and columns of a two-dimensional tensor."""
+    return len(row.source.shape) == 2 and row.source.stride[1] == 1
+
+
 @dataclass(frozen=True)
 class Rectangle:
     """Rows and columns of a two-dimensional checkpoint tensor."""
@@ -222,4 +227,12 @@ def _safetensors_of(model: str, revision: str | None) -> list[Path]:
     return files
 
 
-__all__ = ["Bases", "CheckpointBases", "CopiedBases", "PackedBases", "Rectangle", "dtype_name"]
+__all__ = [
+    "Bases",
+    "CheckpointBases",
+    "CopiedBases",
+    "PackedBases",
+    "Rectangle",
+    "dtype_name",
+    "is_rectangle",
+]

@@ -14,7 +14,7 @@ from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.kernels import GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
 from lorasync.receive import vllm_parts
-from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle
+from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle, is_rectangle
 from lorasync.receive.identity import Read, check_base
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
@@ -53,9 +53,8 @@ class FactorApplier:
         self._previous: dict[str, torch.Tensor] | None = None
         self._torn = False
         self._active: Factors = {}  # those that are being merged
-        self._merges: dict[
-            int, GroupedMerge
-        ] = {}  # by the identity of the factors, whose memory is used again
+        # By the identity of the factors, which are kept with it: their memory is used again.
+        self._merges: dict[int, tuple[Factors, GroupedMerge]] = {}
         self._check_dora(ranks)
         self._bases: Bases = self._find_bases(engine)
         self._plan_rows()
@@ -219,8 +218,9 @@ class FactorApplier:
     def _merge_direct(self) -> None:
         if self._grouped_rows:
             if id(self._active) not in self._merges:
-                self._merges[id(self._active)] = GroupedMerge([self._job(row) for row in self._grouped_rows])
-            self._merges[id(self._active)].run()
+                grouped = GroupedMerge([self._job(row) for row in self._grouped_rows])
+                self._merges[id(self._active)] = (self._active, grouped)
+            self._merges[id(self._active)][1].run()
         for name, rows in self._other_rows.items():
             for row, merged in self._merged_rows(name, rows):
                 self._live.live_slice(row.param, row.target).copy_(merged)
@@ -231,7 +231,7 @@ class FactorApplier:
             return False
         edit = edits[0]
         plain = isinstance(edit, FactorModule) and edit.kind == "linear" and not edit.dora
-        return plain and len(row.source.shape) == 2 and row.source.stride[1] == 1
+        return plain and is_rectangle(row)
 
     def _job(self, row: Row) -> MergeJob:
         (edit,) = self._edits[row.name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasync.kernels import PendingMerge, RepeatedMerge
-from lorasync.receive.base import Rectangle
+from lorasync.receive.base import Rectangle, is_rectangle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,8 @@ class LiveMerges:
     def takes(self, name: str, pending: PendingMerge) -> bool:
         """Whether the merge can go straight into the weights: all of them plain slices on a GPU."""
         rows = self._live.plan.rows_of(name)
-        return pending.lora_a.is_cuda and bool(rows) and all(self._is_rectangle(row) for row in rows)
+        plain = all(is_rectangle(row) and row.param in self._live.direct for row in rows)
+        return pending.lora_a.is_cuda and bool(rows) and plain
 
     def run(self, pending: Mapping[str, PendingMerge]) -> None:
         """Do these merges; `takes` has said yes to each."""
@@ -37,10 +38,6 @@ class LiveMerges:
                 for row in self._live.plan.rows_of(name)
             ],
         )
-
-    def _is_rectangle(self, row: Row) -> bool:
-        plain = len(row.source.shape) == 2 and row.source.stride[1] == 1
-        return plain and row.param in self._live.direct
 
 
 def job_of(live: LiveModel, row: Row, merge: PendingMerge) -> MergeJob:

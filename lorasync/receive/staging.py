@@ -35,7 +35,7 @@ class Staging:
             MismatchError: for names, dtypes and shapes that were not announced, all at once.
         """
         check_bucket(tensors, self.expected, self.received.keys())
-        if not self.received and self._spare:
+        if not self._room and self._spare:
             self._room = self._spare.pop()
         # Copies also on the CPU: the payload's file is gone after the call.
         room = [self._room_for(name, tensor) for name, tensor in tensors.items()]
@@ -58,7 +58,7 @@ class Staging:
         return taken
 
     def drop(self) -> None:
-        """Forget what has come of an update that is given up."""
+        """Forget what has come of an update that is given up; the next one uses its memory."""
         self.received = {}
 
     def give_back(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -56,6 +56,15 @@ class _Plan:
     sharded: bool
 
 
+@dataclass(frozen=True)
+class _Lent:
+    """What stands for each group, for as long as the plan is this one and everything lies there."""
+
+    plan: _Plan
+    lies: list[int]
+    items: list[tuple[Group, Tensor | PendingMerge | None]]
+
+
 class MergedSource:
     """Every weight of the merged model, one tensor at a time, in the names and shapes of its checkpoint.
 
@@ -106,7 +115,7 @@ class MergedSource:
         self._layout = CheckpointLayout(base_of(self.model))
         self._cut: tuple[Any, list[Group]] = (None, [])
         self._planned: _Plan | None = None
-        self._lent: tuple[Any, list[tuple[Group, Tensor | PendingMerge | None]]] = (None, [])
+        self._lent: _Lent | None = None
         self.metadata()
 
     def metadata(self) -> list[ParamMeta]:
@@ -124,7 +133,10 @@ class MergedSource:
         Raises:
             NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
         """
-        plan, scratch = self._ready(), Scratch()
+        yield from self._copies(self._ready())
+
+    def _copies(self, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+        scratch = Scratch()
         for block in plan.blocks:
             with whole(block.params) as gathered:
                 for group in block.groups:
@@ -139,15 +151,15 @@ class MergedSource:
         Raises:
             NonFiniteError: As iteration does.
         """
-        if self._is_sharded(self._plan()):
-            yield from self
-            return
         plan, scratch = self._ready(), Scratch()
+        if plan.sharded and any(map(is_sharded, plan.inputs)):
+            yield from self._copies(plan)
+            return
         lies = [tensor.data_ptr() for tensor in plan.inputs]
-        if self._lent[0] != (id(plan), lies):
+        if self._lent is None or self._lent.plan is not plan or self._lent.lies != lies:
             groups = [group for block in plan.blocks for group in block.groups]
-            self._lent = ((id(plan), lies), [(group, self._lend(group, plan.stored)) for group in groups])
-        for group, item in self._lent[1]:
+            self._lent = _Lent(plan, lies, [(group, self._lend(group, plan.stored)) for group in groups])
+        for group, item in self._lent.items:
             if item is not None:
                 yield group.outputs[0][0], item
             else:
@@ -161,9 +173,6 @@ class MergedSource:
         if slot.adapted:
             return slot.pending(dtype)
         return slot.held.detach() if (slot.packing, slot.dtype) == ("plain", dtype) else None
-
-    def _is_sharded(self, plan: _Plan) -> bool:
-        return plan.sharded and any(map(is_sharded, plan.inputs))
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
