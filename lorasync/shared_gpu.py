@@ -7,7 +7,8 @@ a worker opens it once.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from lorasync.wire import dtype_name, dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+NO_SHARED_GPU = "LORASYNC_NO_CUDA_IPC"
+"""Set this variable where processes on one GPU can't read each other's memory (containers apart, for one)."""
 
 _ALIGN = 256
 _CHUNK = 1 << 22
@@ -57,9 +61,9 @@ class Handle:
         """
         try:
             found = cls(**json.loads(text))
-            for field in fields(cls):
-                if type(getattr(found, field.name)).__name__ != field.type:
-                    raise TypeError(field.name)
+            for each in fields(cls):
+                if type(getattr(found, each.name)).__name__ != each.type:
+                    raise TypeError(each.name)
             if min(found.size, found.offset, found.counter_offset) < 0 or len(found.memory) > 512:
                 raise ValueError("sizes")
             bytes.fromhex(found.memory), bytes.fromhex(found.counter), bytes.fromhex(found.event)
@@ -81,7 +85,7 @@ class Handle:
         except RuntimeError as error:
             raise PayloadError(
                 f"GPU handle: can't be opened here ({str(error).splitlines()[0]}). In containers apart, start the trainer "
-                "with LORASYNC_NO_CUDA_IPC=1: buckets then go over the host. Nothing was touched."
+                f"with {NO_SHARED_GPU}=1: buckets then go over the host. Nothing was touched."
             ) from error
 
     def _opened_by(self, make: Any, device: torch.device) -> torch.Tensor:
@@ -103,10 +107,7 @@ class SharedBuffer:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._places: dict[
-            str, tuple[Layout, dict[str, torch.Tensor], str]
-        ] = {}  # by the bucket's first name
-        self._merges: dict[str, RepeatedMerge] = {}  # likewise
+        self._fillings: dict[str, _Filling] = {}  # by the bucket's first name
         self.handle = ""
 
     def put(self, bucket: Mapping[str, torch.Tensor | PendingMerge]) -> tuple[str, str]:
@@ -114,24 +115,32 @@ class SharedBuffer:
         layout, device = layout_of(bucket), next(iter(bucket.values())).device
         if self._buffer.device != device or self._buffer.numel() < bytes_of(layout):
             self._buffer = torch.zeros(bytes_of(layout), dtype=torch.uint8, device=device)
-            self.handle, self._places = Handle.of(self._buffer).to_text(), {}
+            self.handle, self._fillings = Handle.of(self._buffer).to_text(), {}
         first = next(iter(bucket))
-        if first not in self._places or self._places[first][0] != layout:
-            self._places[first] = layout, views(self._buffer, layout), layout_as_text(layout)
-        _, places, text = self._places[first]
+        if first not in self._fillings or self._fillings[first].layout != layout:
+            self._fillings[first] = _Filling(layout, views(self._buffer, layout), layout_as_text(layout))
+        filling = self._fillings[first]
+        filling.fill(bucket)
+        return filling.text, checksum(self._buffer, bytes_of(layout))
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """How one bucket lies in the buffer; kept, as the same bucket comes with each push."""
+
+    layout: Layout
+    places: dict[str, torch.Tensor]
+    text: str
+    merge: RepeatedMerge = field(default_factory=RepeatedMerge)
+
+    @torch.no_grad()
+    def fill(self, bucket: Mapping[str, torch.Tensor | PendingMerge]) -> None:
         copies = {name: item for name, item in bucket.items() if isinstance(item, torch.Tensor)}
         merges = {name: item for name, item in bucket.items() if isinstance(item, PendingMerge)}
-        with torch.no_grad():
-            if copies:
-                torch._foreach_copy_([places[name] for name in copies], list(copies.values()))
-            if merges:
-                kept = self._merges.setdefault(first, RepeatedMerge())
-                kept.run(
-                    merges,
-                    lambda: [m.whole_job(places[n], name=n) for n, m in merges.items()],
-                    into=self.handle,
-                )
-        return text, checksum(self._buffer, bytes_of(layout))
+        if copies:
+            torch._foreach_copy_([self.places[name] for name in copies], list(copies.values()))
+        if merges:
+            self.merge.run(merges, lambda: [m.whole_job(self.places[n], name=n) for n, m in merges.items()])
 
 
 class Openings:
@@ -267,5 +276,6 @@ def _padded(size: int) -> int:
 
 
 def gpu_of(device: torch.device) -> str:
-    """Which GPU that is, the same in every process; empty for a CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    """Which GPU that is, the same in every process; empty for a CPU, or where nothing is to be shared."""
+    shared = device.type == "cuda" and not os.environ.get(NO_SHARED_GPU)
+    return str(torch.cuda.get_device_properties(device).uuid) if shared else ""

@@ -3,7 +3,7 @@
 from lorasync.kernels.bases import Base, Int8Base, NestedAbsmax, PackedBase, PlainBase
 from lorasync.kernels.grouped import GroupedMerge, RepeatedMerge, merge_job
 from lorasync.kernels.jobs import MergeJob, PendingMerge
-from lorasync.kernels.peaks import Peaks
+from lorasync.kernels.peaks import Peaks, largest
 
 __all__ = [
     "Base",
@@ -16,5 +16,6 @@ __all__ = [
     "PendingMerge",
     "PlainBase",
     "RepeatedMerge",
+    "largest",
     "merge_job",
 ]

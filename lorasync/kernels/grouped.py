@@ -67,7 +67,7 @@ class GroupedMerge:
 
 
 class RepeatedMerge:
-    """A `GroupedMerge` that is planned anew only when other merges come, or another place for them.
+    """A `GroupedMerge` that is planned anew only when other merges come.
 
     Example:
         >>> import torch
@@ -81,30 +81,20 @@ class RepeatedMerge:
     """
 
     def __init__(self) -> None:
-        self._planned: tuple[dict[str, PendingMerge], object] = ({}, None)
+        self._planned: dict[str, PendingMerge] = {}
         self._grouped: GroupedMerge | None = None
 
-    def run(
-        self,
-        merges: Mapping[str, PendingMerge],
-        jobs: Callable[[], Sequence[MergeJob]],
-        *,
-        into: object = None,
-    ) -> None:
+    def run(self, merges: Mapping[str, PendingMerge], jobs: Callable[[], Sequence[MergeJob]]) -> None:
         """Do these merges.
 
         Args:
             merges: Compared with those before by identity.
             jobs: Says how, if they have to be planned.
-            into: Whatever tells one place for the results from another.
         """
-        planned, place = self._planned
-        same = planned.keys() == merges.keys() and all(
-            merge is planned[name] for name, merge in merges.items()
-        )
-        if self._grouped is None or not same or place != into:
-            self._grouped = GroupedMerge(jobs())
-            self._planned = (dict(merges), into)
+        planned = self._planned
+        same = planned.keys() == merges.keys() and all(m is planned[name] for name, m in merges.items())
+        if self._grouped is None or not same:
+            self._grouped, self._planned = GroupedMerge(jobs()), dict(merges)
         self._grouped.run()
 
 

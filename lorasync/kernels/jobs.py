@@ -93,11 +93,11 @@ class PendingMerge:
         return MergeJob(
             out=out,
             base=self.base.rectangle(rows=rows, cols=cols),
-            lora_a=self.lora_a[:, ins[0] : ins[1]],
-            lora_b=self.lora_b[outs[0] : outs[1]],
+            lora_a=self.lora_a[:, slice(*ins)],
+            lora_b=self.lora_b[slice(*outs)],
             scaling=self.scaling,
             fan_in_fan_out=self.fan_in_fan_out,
-            magnitude=None if self.magnitude is None else self.magnitude[outs[0] : outs[1]],
+            magnitude=None if self.magnitude is None else self.magnitude[slice(*outs)],
             name=name,
         )
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-import triton.language as tl
 
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.bases import Int8Base, PackedBase, PlainBase
 from lorasync.kernels.triton_merge import dora_factor, mend_rows, merge_tiles
-from lorasync.kernels.triton_tiles import FIELDS
+from lorasync.kernels.triton_tiles import FIELDS, TRITON_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from lorasync.kernels.jobs import MergeJob
     from lorasync.kernels.tune import Config
 
-TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13, torch.float32: 0.0}
 """Below this share of the row's largest delta, times the steps of 16 ranks after which tensor cores cut off,
 fp32's error may come near an ulp: such an element is computed again in fp64."""

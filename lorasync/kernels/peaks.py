@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from lorasync.kernels.jobs import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+@torch.no_grad()
+def largest(values: Tensor) -> float:
+    """The largest absolute value, or NaN; without a copy of the tensor.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0]))
+        3.0
+    """
+    if values.numel() == 0 or values.device.type == "meta" or not values.dtype.is_floating_point:
+        return 0.0
+    low, high = (float(x) for x in torch.aminmax(values))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
 
 
 class Peaks:
@@ -47,4 +62,4 @@ class Peaks:
         if self._scan is not None:
             found: list[float] = self._scan.run().tolist()
             return found
-        return [float(t.detach().abs().amax()) if t.numel() else 0.0 for t in self._tensors]
+        return [largest(tensor) for tensor in self._tensors]

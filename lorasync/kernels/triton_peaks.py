@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+from lorasync.kernels.triton_tiles import TRITON_TYPES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
 BLOCK, CHUNK = 4096, 65536
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class Scan:
@@ -32,7 +33,7 @@ class Scan:
         ]
         self._table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
         self._found = torch.zeros(len(tensors), dtype=torch.int32, device=device)
-        self._type = _TYPES[tensors[0].dtype]
+        self._type = TRITON_TYPES[tensors[0].dtype]
 
     def run(self) -> Tensor:
         """Launch on the current stream; one fp32 value for each tensor."""

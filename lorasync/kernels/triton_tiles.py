@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 FIELDS = (
     "out", "base", "lora_a", "lora_b", "rows", "cols", "r", "out_stride0", "out_stride1", "base_stride0",
     "base_stride1", "lora_a_stride", "lora_b_stride", "scaling", "first_strip", "scales", "code",

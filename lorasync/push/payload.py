@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from lorasync.shared_gpu import SharedBuffer
     from lorasync.wire import Mailbox
 
-NO_SHARED_GPU = "LORASYNC_NO_CUDA_IPC"
-"""Set this variable where processes on one GPU can't read each other's memory (containers apart, for one)."""
-
 Item = torch.Tensor | PendingMerge
 """What a source yields; merges that are still to be made only inside one process."""
 
@@ -105,7 +102,7 @@ def _made(bucket: dict[str, Item]) -> dict[str, torch.Tensor]:
 def _gpu_of_all(bucket: dict[str, Item]) -> str:
     """The one GPU that everything in the bucket lies on, if so."""
     devices = {item.device for item in bucket.values()}
-    return gpu_of(devices.pop()) if len(devices) == 1 and not os.environ.get(NO_SHARED_GPU) else ""
+    return gpu_of(devices.pop()) if len(devices) == 1 else ""
 
 
 def buckets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,8 @@ def plan(
         _in_worker(model, adapter, packed),
         _served(model, adapter, packed, config),
     )
-    if device is not None:
-        strategies = tuple(_timed(s, model, adapter, packed, device, link) for s in strategies)
+    if device is not None and (job := _job(model, adapter, packed)) is not None:
+        strategies = tuple(_with_seconds(s, job, device, link) for s in strategies)
     possible = [s for s in strategies if not s.refusal]
     full_speed = [s for s in possible if s.name != "ServeAdapter"]
     best = min(full_speed or possible, key=lambda s: s.wire_bytes, default=None)
@@ -159,25 +160,29 @@ def _served(model: Any, adapter: str | None, packed: str, config: Any) -> Strate
     return Strategy("ServeAdapter", refusal, size, 0, 2 * size, fidelity, _SLOTS_DECODE)
 
 
-def _timed(
-    strategy: Strategy, model: Any, adapter: str | None, packed: str, device: Device, link: Link | None
-) -> Strategy:
-    if strategy.refusal or _measure(lambda: FactorSource(model, adapter=adapter))[0]:
-        return strategy
-    modules = FactorSource(model, adapter=adapter).spec().modules
-    merged = sum(torch.Size(m.shape).numel() for m in modules)
-    metadata = MergedSource(model, adapter=adapter).metadata()
-    factors = FactorSource(model, adapter=adapter).metadata()
-    job = Job(
+def _job(model: Any, adapter: str | None, packed: str) -> Job | None:
+    """What the cost model needs to know; None for an adapter without factors or without a merged form."""
+    try:
+        source, served = FactorSource(model, adapter=adapter), MergedSource(model, adapter=adapter).metadata()
+    except LorasyncError:
+        return None
+    modules, factors = source.spec().modules, source.metadata()
+    merged = sum(math.prod(m.shape) for m in modules)
+    return Job(
         merged=merged,
-        untouched=sum(torch.Size(m.shape).numel() for m in metadata) - merged,
-        factors=sum(torch.Size(m.shape).numel() for m in factors),
+        untouched=sum(math.prod(m.shape) for m in served) - merged,
+        factors=sum(math.prod(m.shape) for m in factors),
         rank=max((m.r for m in modules), default=0),
-        base={"fp4": "nf4", "plain": _BASES.get(metadata[0].dtype.itemsize, "bf16")}.get(packed, packed),
-        served_bytes=metadata[0].dtype.itemsize,
+        base={"fp4": "nf4", "plain": _BASES.get(served[0].dtype.itemsize, "bf16")}.get(packed, packed),
+        served_bytes=served[0].dtype.itemsize,
         factor_bytes=max(factors[0].dtype.itemsize, 2),
         passes=int(any(m.dora for m in modules)),
     )
+
+
+def _with_seconds(strategy: Strategy, job: Job, device: Device, link: Link | None) -> Strategy:
+    if strategy.refusal:
+        return strategy
     kind = {"MergedSource": "merged", "ServeAdapter": "adapter"}.get(strategy.name, "factors")
     return replace(strategy, seconds=sync_seconds(kind, job, trainer=device, worker=device, link=link).total)
 

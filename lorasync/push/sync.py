@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from lorasync.push.apply import (
     scalings,
     strategy_of,
 )
-from lorasync.push.payload import NO_SHARED_GPU, buckets
+from lorasync.push.payload import buckets
 from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.replicas import Replicas, named_targets
 from lorasync.push.report import SyncReport, Totals, timed
@@ -346,8 +345,6 @@ class Sync:
 
 
 def _gpu_of(source: FactorSource | MergedSource) -> str:
-    if os.environ.get(NO_SHARED_GPU):
-        return ""
     return gpu_of(next((param.device for param in source.model.parameters()), torch.device("cpu")))
 
 

@@ -145,10 +145,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         try:
             tensors = self._tensors_of(update)
             found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
-            if update.gpu:
-                vllm_parts.wait_for_stream(
-                    self.device
-                )  # once it has its answer the trainer writes there again
+            if update.gpu:  # once it has its answer the trainer writes there again
+                vllm_parts.wait_for_stream(self.device)
             return found
         except BaseException:
             self._abort(applier)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lorasync.errors import NonFiniteError
-from lorasync.kernels import Peaks
+from lorasync.kernels import Peaks, largest
 from lorasync.source.base import scale_bound
 from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, is_sharded
@@ -77,7 +77,7 @@ class FiniteCheck:
 
     def _frozen_peak(self, each: Input) -> float:
         bound = each.bound() if each.bound else None
-        return _largest(self._local(each.tensor)) if bound is None else bound
+        return largest(self._local(each.tensor)) if bound is None else bound
 
     def _local(self, tensor: Tensor) -> Tensor:
         return _local(tensor) if self._sharded else tensor
@@ -91,7 +91,7 @@ class FiniteCheck:
             if tensor.is_cuda and tensor.is_contiguous() and tensor.is_floating_point():
                 groups[tensor.device, tensor.dtype].append(index)
             else:
-                peaks[index] = _largest(tensor)
+                peaks[index] = largest(tensor)
         for kind, members in groups.items():
             lie = [tensors[index].data_ptr() for index in members]
             if kind not in self._scans or self._scans[kind][0] != lie:
@@ -166,15 +166,6 @@ def _refuse(bad: list[str]) -> None:
             + "\n  ".join(bad[:_SHOWN])
             + more
         )
-
-
-@torch.no_grad()
-def _largest(values: Tensor) -> float:
-    """The largest absolute value, or NaN; without a copy of the tensor."""
-    if values.numel() == 0 or values.device.type == "meta" or not values.dtype.is_floating_point:
-        return 0.0
-    low, high = (float(x) for x in torch.aminmax(values))
-    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
 
 
 def _local(tensor: Tensor) -> Tensor:
