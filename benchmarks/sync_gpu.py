@@ -3,10 +3,19 @@
     python benchmarks/sync_gpu.py --shape 7b --rank 64 --base bf16 --results benchmarks/results
 
 A Qwen2 model of that shape with random weights is trained (in name) by PEFT and served by vLLM (CUDA graphs, LoRA
-slots); every sync brings another adapter. With --processes 2 the engine is another process on the same GPU. In the
-same run, where they work: `merge_adapter` → `load_weights` → `unmerge_adapter` (TRL's sequence), and fp32 torch
-operations out of place → `load_weights` (NeMo-RL's). All merged ways have to leave the same weights in the engine to
-one rounding. The floor: the base read once and the result written once, over the copy bandwidth measured here.
+slots); every sync brings another adapter. In the same run, with a bf16 trainer unless it says otherwise:
+
+- one process: `merge_adapter` → `load_weights` → `unmerge_adapter` (TRL's sequence); fp32 torch operations out of place
+  → `load_weights` (NeMo-RL's; NF4 too); PEFT's merge out of place → `copy_` into the slices of vLLM's fused weights
+  (Unsloth's arithmetic; NF4 too)
+- --processes 2, the engine another process on the same GPU: `merge_adapter` → CUDA IPC handles of every parameter, half
+  a gigabyte a call → `load_weights` → `unmerge_adapter` (as verl and OpenRLHF do it)
+- --backend ipc, a run of its own in two processes and without LoRA slots: vLLM's stock "ipc" backend, fed by a
+  `MergedSource`. It pickles handles, so the script sets VLLM_ALLOW_INSECURE_SERIALIZATION=1 for this run.
+
+All merged ways have to leave the same weights in the engine to one rounding. The floor: the base read once and the
+result written once, over the copy bandwidth measured here. With --drift each merged way then makes 100 syncs more and
+one of an adapter that is zero: what is served must be the base again (lorasync: bit for bit).
 """
 
 from __future__ import annotations
@@ -17,7 +26,6 @@ import gc
 import io
 import os
 import pstats
-import re
 import shutil
 import statistics
 import sys
@@ -25,37 +33,37 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT)]  # instead of this folder: its names shadow others
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_USE_FLASHINFER_SAMPLER="0",
-)
+sys.path.append(str(ROOT / "benchmarks"))  # behind all others; a worker finds its extension here
 
+import gpu_parts as parts
 import torch
-from torch import Tensor
-from transformers.initialization import no_init_weights
+from gpu_parts import say, synchronize
+from gpu_peers import (
+    EXTENSION,
+    adapted_layers,
+    checkpoint_params,
+    dense,
+    fused_slices,
+    handles,
+    stock_ipc,
+    with_slots,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from peft import PeftModel
+    from torch import Tensor, nn
 
-QWEN2 = {  # hidden, MLP, layers, heads, key-value heads, tied embeddings
-    "tiny": (256, 512, 2, 8, 2, False),
-    "0.5b": (896, 4864, 24, 14, 2, True),
-    "1.5b": (1536, 8960, 28, 12, 2, True),
-    "7b": (3584, 18944, 28, 28, 4, False),
-    "14b": (5120, 13824, 48, 40, 8, False),
-}
-DEVICE = "cuda"
-FACTORS = {"bf16": "bfloat16", "fp32": "float32"}
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COMMON = "merge_adapter, load_weights, unmerge_adapter"
+HANDLES = "merge_adapter, CUDA IPC handles, unmerge_adapter"
+STOCK = "vLLM's ipc backend, MergedSource"
+OURS = ("factors", "merged")
+DRIFT_SYNCS = 100
 
 
 @dataclass
@@ -70,18 +78,26 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=QWEN2, default="7b")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--base", choices=("bf16", "nf4"), default="bf16", help="what the trainer holds")
-    parser.add_argument("--factors", choices=("bf16", "fp32"), default="bf16")
+    parts.add_options(parser)
     parser.add_argument("--ways", default="all", help="comma-separated beginnings of names")
+    parser.add_argument(
+        "--worker-base", help="where workers keep the base; device, or nf4 with an NF4 trainer"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--backend", choices=("lorasync", "ipc"), default="lorasync")
+    parser.add_argument("--drift", action="store_true", help="100 syncs more, then back to zero; one process")
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
     parser.add_argument("--no-decode", action="store_true")
-    parser.add_argument("--results", type=Path, help="a folder")
     options = parser.parse_args()
+    if options.backend == "ipc":
+        if options.device == "cpu":
+            parser.error("--backend ipc: needs a GPU")
+        options.processes = 2
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    options.worker_base = options.worker_base or parts.WORKER_BASE[options.base]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(options.processes - 1)
+    parts.prepare(options)
     folder = Path(tempfile.mkdtemp(prefix="sync-gpu-", dir="/dev/shm"))
     try:
         Bench(options, folder).run()
@@ -92,75 +108,82 @@ def main() -> None:
 class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
+        self.dtype = parts.served_dtype(options)
         self.rows: list[Row] = []
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self.answers: dict[str, Any] = {}
+        self.digests: dict[str, Any] = {}
+        self.drifts: dict[str, float] = {}
         began = time.perf_counter()
-        self.policy = make_policy(options, folder)
+        self.policy = parts.make_policy(options, folder)
         say(f"policy ready after {time.perf_counter() - began:.0f} s")
         self.llm = make_engine(options, folder)
         say(f"engine ready after {time.perf_counter() - began:.0f} s")
 
     def run(self) -> None:
-        self.bandwidth = copy_bandwidth()
-        self.floor = floor_bytes(self.policy, self.options.base) / self.bandwidth * 1e3
+        self.bandwidth = parts.copy_bandwidth(self.options.device)
+        self.floor = parts.floor_bytes(self.policy, self.options.base) / self.bandwidth * 1e3
         say(f"copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, floor {self.floor:.2f} ms")
-        bases = ["nf4"] if self.options.base == "nf4" else ["device"]
-        self.start()
-        ways: dict[str, Callable[[], None]] = {
-            "adapter from memory": lambda: self.synced("adapter from memory"),
-            **{f"factors ({b})": lambda b=b: self.synced(f"factors ({b})", b) for b in bases},
-            "merged": lambda: self.synced("merged"),
-            "fp32 torch operations, load_weights": self.out_of_place,
-            "merge_adapter, load_weights, unmerge_adapter": self.common,
-        }
-        wanted = tuple(self.options.ways.split(","))
-        for name, run in ways.items():
-            if self.options.ways != "all" and not name.startswith(wanted):
-                continue
-            if self.options.processes == 2 and "load_weights" in name:
-                continue  # these need the engine in their own process
+        if self.options.backend == "lorasync" and self.options.device == "cuda":
+            self.start()
+        if self.options.processes == 1:
+            self.original = self.served()
+        for name, run in self.ways().items():
             try:
                 run()
             except Exception:
                 say(f"{name} FAILED\n{traceback.format_exc()}")
-        if self.options.processes == 1:
-            self.compare()
-        ours = [a for name, a in self.answers.items() if name.startswith(("factors", "merged"))]
-        assert all(answers == ours[0] for answers in ours), "both merges answer alike"
-        text = self.report()
-        say(text)
-        if self.options.results:
-            gpu = torch.cuda.get_device_name().split()[1].lower()
-            o = self.options
-            where = "" if o.processes == 1 else "-2processes"
-            name = (
-                f"sync{where}_qwen2-{o.shape}-r{o.rank}-{o.base}-{o.factors}_{gpu}_{time.strftime('%Y%m')}.md"
-            )
-            (o.results / name).write_text(text)
+        parts.write_report(self.options, self.file_name(), self.report())
+        self.compare()
+        served = list(self.digests.values())
+        assert all(digest == served[0] for digest in served), f"other weights: {self.digests}"
+        drifted = {n: d for n, d in self.drifts.items() if n.startswith(OURS) and d != 0}
+        assert not drifted, f"lorasync drifts: {drifted}"
 
     # ------------------------------------------------------------------------------------------ the ways
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """By name, those that this run can go; what changes the trainer's base comes last."""
+        o, factors = self.options, f"factors ({self.options.worker_base})"
+        if o.backend == "ipc":
+            found: dict[str, Callable[[], None]] = {STOCK: self.stock}
+        else:
+            found = {
+                "adapter from memory": lambda: self.synced("adapter from memory"),
+                factors: lambda: self.synced(factors, o.worker_base),
+                "merged": lambda: self.synced("merged"),
+            }
+            found |= self.peers()
+        if o.worker_base == "device" and not parts.has_room_for_base(o) and found.pop(factors, None):
+            say(
+                f"{factors} left out: a copy of the base does not fit beside the rest. Take --worker-base cpu."
+            )
+        wanted = tuple(o.ways.split(","))
+        return {name: run for name, run in found.items() if o.ways == "all" or name.startswith(wanted)}
+
+    def peers(self) -> dict[str, Callable[[], None]]:
+        packed = self.options.base == "nf4"  # merge_adapter would round the packed weights again
+        if self.options.device == "cpu":
+            return {}  # no IPC handles, and vLLM's weights lie in a layout of their own
+        if self.options.processes == 2:
+            return {} if packed else {HANDLES: self.by_handles}
+        apart = {
+            "fp32 torch operations, load_weights": self.out_of_place,
+            "PEFT's merge out of place, copied in": self.copied,
+        }
+        return apart | ({} if packed else {COMMON: self.common})
 
     def start(self) -> None:
         """With an adapter that is zero: the engine gets the trainer's base."""
         import lorasync as ls
         from lorasync.push import connect
 
-        with connect(ls.MergedSource(self.policy, dtype=torch.bfloat16), self.llm) as sync:
+        with connect(ls.MergedSource(self.policy, dtype=self.dtype), self.llm) as sync:
             sync.send_weights()
 
     def synced(self, name: str, base: str | None = None) -> None:
-        import lorasync as ls
-        from lorasync.push import MergeInWorker, ServeAdapter, connect
-
         began = time.perf_counter()
-        if base is not None:
-            sync = connect(ls.FactorSource(self.policy), self.llm, MergeInWorker(base=base))
-        elif name == "merged":
-            sync = connect(ls.MergedSource(self.policy, dtype=torch.bfloat16), self.llm)
-        else:
-            sync = connect(ls.FactorSource(self.policy), self.llm, ServeAdapter("policy"))
-        torch.cuda.synchronize()
+        sync = self.connected(name, base)
+        synchronize()
         connected = time.perf_counter() - began
         with sync:
             reports: list[Any] = []
@@ -168,119 +191,164 @@ class Bench:
             ms, extra = self.timed(lambda: reports.append(sync.send_weights()))
             if self.options.profile:
                 profile(sync.send_weights)
-            parts = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in reports[-1].seconds.items())
-            note = f"connect {connected:.1f} s, first {first:.0f} ms; host ms: {parts}"
-            self.finish(
-                name, reports[-1].bytes / 1e6, ms, extra, note, sync.request(), merged=name[:7] != "adapter"
-            )
+            stages = ", ".join(f"{k} {v * 1e3:.1f}" for k, v in reports[-1].seconds.items())
+            note = f"connect {connected:.1f} s, first {first:.0f} ms; host ms: {stages}"
+            row = Row(name, reports[-1].bytes / 1e6, ms, extra, note=note)
+            self.finish(row, sync.send_weights, request=sync.request(), merged=name.startswith(OURS))
+            if self.options.processes == 2 and self.options.device == "cuda" and name.startswith(OURS):
+                self.digests[name] = sync.digests()  # of one process its own weights are compared
+
+    def connected(self, name: str, base: str | None) -> Any:
+        import lorasync as ls
+        from lorasync.push import MergeInWorker, ServeAdapter, connect
+
+        if base is not None:
+            return connect(ls.FactorSource(self.policy), self.llm, MergeInWorker(base=base))
+        if name == "merged":
+            return connect(ls.MergedSource(self.policy, dtype=self.dtype), self.llm)
+        return connect(ls.FactorSource(self.policy), self.llm, ServeAdapter("policy"))
 
     def common(self) -> None:
         """TRL's colocated sequence: merge in place, every parameter through vLLM's loader, unmerge."""
-        before = {n: p.detach().clone() for n, p in self.watched()}
 
         def push() -> None:
             self.policy.merge_adapter()
-            for name, param in self.policy.named_parameters():
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                if "lora_" not in name:
-                    self.load([(name, param.data)])
+            for name, tensor in checkpoint_params(self.policy):
+                self.load(name, tensor)
             self.policy.unmerge_adapter()
             self.llm.reset_prefix_cache()
 
-        if self.options.base == "nf4":
-            self.options.repeats = 1
+        self.in_place(COMMON, push)
+
+    def by_handles(self) -> None:
+        """verl's and OpenRLHF's: merge in place, handles of every parameter to the other process, unmerge."""
+
+        def push() -> None:
+            self.policy.merge_adapter()
+            for bucket in handles(self.policy):
+                self.llm.collective_rpc("load_handles", args=(bucket,))
+            self.llm.reset_prefix_cache()
+            self.policy.unmerge_adapter()
+            torch.cuda.ipc_collect()
+
+        self.in_place(HANDLES, push)
+
+    def in_place(self, name: str, push: Callable[[], None]) -> None:
+        before = {n: p.clone() for n, p in self.watched()}
         ms, extra = self.timed(push)
-        drift = (
-            max(float((p.detach().float() - before[n].float()).abs().max()) for n, p in self.watched())
-            if self.options.base == "bf16"
-            else float("nan")
-        )
-        size = sum(p.numel() * 2 for p in self.policy.get_base_model().parameters()) / 1e6
-        self.finish(
-            "merge_adapter, load_weights, unmerge_adapter",
-            size,
-            ms,
-            extra,
-            f"base drifted by {drift:.1e}",
-            {},
-            merged=True,
-        )
+        moved = max(parts.largest_gap(p, before[n]) for n, p in self.watched())
+        self.finish(Row(name, self.whole_mb(), ms, extra, note=f"base moved by {moved:.1e}"), push)
 
     def out_of_place(self) -> None:
         """W.float() + s·B·A in torch, one module at a time, rounded once, through vLLM's loader."""
-        from bitsandbytes.functional import dequantize_4bit
-        from peft.tuners.lora import LoraLayer
-
-        base = self.policy.get_base_model()
-        adapted = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+        adapted = dict(adapted_layers(self.policy))
         plain = [
-            (n, p) for n, p in base.named_parameters() if ".lora_" not in n and ".base_layer.weight" not in n
+            (n, p) for n, p in checkpoint_params(self.policy) if n.removesuffix(".weight") not in adapted
         ]
 
         @torch.no_grad()
         def push() -> None:
             for name, layer in adapted.items():
-                weight = layer.get_base_layer().weight
-                if self.options.base == "nf4":
-                    weight = dequantize_4bit(weight.data, weight.quant_state)
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                merged = weight.float().addmm_(b.float(), a.float(), alpha=layer.scaling["default"])
-                self.load([(f"{name}.weight", merged.to(torch.bfloat16))])
+                base = dense(layer).to(torch.float32, copy=True)
+                merged = base.addmm_(b.float(), a.float(), alpha=layer.scaling["default"])
+                self.load(f"{name}.weight", merged.to(self.dtype))
             for name, param in plain:
-                self.load([(name.replace(".base_layer", ""), param.data)])
+                self.load(name, param)
             self.llm.reset_prefix_cache()
 
         ms, extra = self.timed(push)
-        size = sum(p.numel() * 2 for p in base.parameters()) / 1e6
-        self.finish("fp32 torch operations, load_weights", size, ms, extra, "", {}, merged=True)
+        self.finish(Row("fp32 torch operations, load_weights", self.whole_mb(), ms, extra), push)
 
-    def load(self, named: list[tuple[str, Tensor]]) -> None:
-        """Through vLLM's loader; with LoRA slots its layers have another name."""
-        renamed = [(re.sub(r"(_proj)(\.(?:weight|bias))$", r"\1.base_layer\2", name), t) for name, t in named]
-        engine_model(self.llm).load_weights(renamed)
+    def copied(self) -> None:
+        """Unsloth's arithmetic: W + PEFT's delta in the base's dtype, into the slices of vLLM's fused weights."""
+        slices = fused_slices(engine_model(self.llm), parts.config_of(self.options.shape))
+        adapted = list(adapted_layers(self.policy))
+
+        @torch.no_grad()
+        def push() -> None:
+            for name, layer in adapted:
+                slices[name].copy_(dense(layer) + layer.get_delta_weight("default").to(self.dtype))
+            self.llm.reset_prefix_cache()
+
+        ms, extra = self.timed(push)
+        size = sum(slices[name].nbytes for name, _ in adapted) / 1e6
+        self.finish(Row("PEFT's merge out of place, copied in", size, ms, extra), push)
+
+    def stock(self) -> None:
+        """vLLM's own backend; the engine has no LoRA slots, which its reload does not know."""
+        send = stock_ipc(self.policy, self.llm)
+
+        def push() -> None:
+            send()
+            self.llm.reset_prefix_cache()
+
+        ms, extra = self.timed(push)
+        self.finish(Row(STOCK, self.whole_mb(), ms, extra, note="engine without LoRA slots"), push)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        engine_model(self.llm).load_weights([(with_slots(name), tensor)])
 
     # ----------------------------------------------------------------------------------------- measuring
 
     def timed_once(self, push: Callable[[], Any]) -> float:
-        move(self.policy)
-        torch.cuda.synchronize()
+        parts.move(self.policy)
+        synchronize()
         began = time.perf_counter()
         push()
-        torch.cuda.synchronize()
+        synchronize()
         return (time.perf_counter() - began) * 1e3
 
     def timed(self, push: Callable[[], Any]) -> tuple[float, float]:
-        """Median milliseconds of a sync, and the most memory that one takes beyond what it starts with."""
+        """Median milliseconds of a sync, and the most memory (MB) that one takes beyond what it starts with."""
         for _ in range(3):
             self.timed_once(push)
         gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = start_of_peak()
         found = [self.timed_once(push) for _ in range(self.options.repeats)]
-        extra = torch.cuda.max_memory_allocated() - before
-        move(self.policy, seed=0)  # every way ends with the same adapter
+        extra = peak() - before
+        parts.move(self.policy, seed=0)  # every way ends with the same adapter
         push()
         return statistics.median(found), extra / 1e6
 
-    def watched(self) -> Iterator[tuple[str, Tensor]]:
-        for name, param in self.policy.named_parameters():
-            if ".layers.0." in name and name.endswith("base_layer.weight"):
-                yield name, param
-
     def finish(
-        self, name: str, size: float, ms: float, extra: float, note: str, request: dict, *, merged: bool
+        self, row: Row, push: Callable[[], Any], *, request: dict | None = None, merged: bool = True
     ) -> None:
-        speed = 0.0 if self.options.no_decode else decode_speed(self.llm, request)
-        self.rows.append(Row(name, size, ms, extra, speed, note))
-        say(
-            f"{name}: {ms:.2f} ms ({ms / self.floor:.2f} x floor), extra {extra:.0f} MB, {speed:.0f} tokens/s; {note}"
-        )
-        self.answers[name] = greedy(self.llm, request)
+        if not self.options.no_decode:
+            row.tokens_per_second = decode_speed(self.llm, request or {})
+        self.rows.append(row)
         if merged and self.options.processes == 1:
-            served = engine_model(self.llm).named_parameters()
-            self.seen[name] = {
-                n: p.detach().clone() for n, p in served if ".layers.0." in n or ".layers.1." in n
-            }
+            self.seen[row.way] = self.served()
+            if self.options.drift:
+                row.note = "; ".join(filter(None, [row.note, self.drift(row.way, push)]))
+        say(
+            f"{row.way}: {row.ms:.2f} ms ({row.ms / self.floor:.2f} x floor), extra {row.extra_mb:.0f} MB, "
+            f"{row.tokens_per_second:.0f} tokens/s; {row.note}"
+        )
+
+    def drift(self, way: str, push: Callable[[], Any]) -> str:
+        """What 100 syncs leave behind: an adapter that is zero has to give the base again."""
+        for _ in range(DRIFT_SYNCS):
+            parts.move(self.policy)
+            push()
+        parts.move(self.policy, std=0.0)
+        push()
+        synchronize()
+        self.drifts[way] = max(parts.largest_gap(t, self.original[n]) for n, t in self.served().items())
+        return f"drift after {DRIFT_SYNCS} syncs {self.drifts[way]:.1e}"
+
+    def served(self) -> dict[str, Tensor]:
+        """The engine's live weights of two layers, copied."""
+        named = engine_model(self.llm).named_parameters()
+        layers = (".layers.0.", ".layers.1.")
+        return {n: p.detach().clone() for n, p in named if p.numel() and any(layer in n for layer in layers)}
+
+    def watched(self) -> Iterator[tuple[str, Tensor]]:
+        """The trainer's base, one layer."""
+        return ((n, p) for n, p in checkpoint_params(self.policy) if ".layers.0." in n)
+
+    def whole_mb(self) -> float:
+        return sum(parts.parameters(self.options.shape)) * self.dtype.itemsize / 1e6
 
     def compare(self) -> None:
         """Every merged way has left the same weights, to one rounding of the sum."""
@@ -288,32 +356,29 @@ class Bench:
             return
         reference, *others = self.seen
         for other in others:
-            differ = total = 0
-            for name, want in self.seen[reference].items():
-                got = self.seen[other][name]
-                gap = (got.float() - want.float()).abs()
-                step = torch.maximum(got.float().abs(), want.float().abs()) * 2**-7
-                assert bool((gap <= step + 1e-9).all()) or "merge_adapter" in other, (
-                    f"{other}: {name} is off by more than one rounding"
-                )
-                differ, total = differ + int((gap > 0).sum()), total + gap.numel()
-            say(f"{other} against {reference}: {differ / total:.2e} of the elements differ, by one rounding")
+            exact = other not in (
+                COMMON,
+                "PEFT's merge out of place, copied in",
+            )  # these round more than once
+            differ, total = differing(self.seen[reference], self.seen[other], other if exact else "")
+            say(f"{other} against {reference}: {differ / total:.2e} of the elements differ")
+
+    # -------------------------------------------------------------------------------------------- report
+
+    def file_name(self) -> str:
+        o = self.options
+        where = {"ipc": "-ipc"}.get(o.backend, "" if o.processes == 1 else "-2processes")
+        return f"sync{where}_qwen2-{o.shape}-r{o.rank}-{o.base}-{o.factors}"
 
     def report(self) -> str:
         o = self.options
-        libraries = ", ".join(
-            f"{n} {version(n)}" for n in ("torch", "triton", "vllm", "peft", "transformers")
-        )
-        settings = ("shape", "rank", "base", "factors", "processes")
-        command = " ".join(f"--{name} {getattr(o, name)}" for name in settings)
         where = "one process" if o.processes == 1 else "two processes on one GPU"
         lines = [
             f"# A whole sync, {where}: Qwen2 {o.shape}, {o.base} trainer, {o.factors} factors",
             "",
             (
-                f"`python benchmarks/sync_gpu.py {command}`, {time.strftime('%Y-%m-%d')}, {torch.cuda.get_device_name()}; "
-                f"{libraries}. LoRA r={o.rank} on all linear layers; medians of {o.repeats} syncs after four, each with a "
-                f"new adapter. Copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, floor {self.floor:.2f} ms."
+                f"{parts.circumstances(o)} LoRA r={o.rank} on all linear layers; medians of {o.repeats} syncs after four, "
+                f"each with a new adapter. Copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, floor {self.floor:.2f} ms."
             ),
             "",
             "| way | MB a sync | ms | × floor | extra MB | decode tokens/s | |",
@@ -325,160 +390,67 @@ class Bench:
         return "\n".join([*lines, ""])
 
 
-# ------------------------------------------------------------------------------------------------- parts
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def make_policy(options: argparse.Namespace, folder: Path) -> PeftModel:
-    """Random weights on the GPU, quantized if asked, with an adapter that is zero; the folder gets the config."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    hidden, mlp, layers, heads, kv, tied = QWEN2[options.shape]
-    config = Qwen2Config(
-        vocab_size=152064 if options.shape != "tiny" else 1024,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        tie_word_embeddings=tied,
-        max_position_embeddings=4096,
-        architectures=["Qwen2ForCausalLM"],
-        dtype=torch.bfloat16,
-    )
-    config.save_pretrained(folder)
-    torch.manual_seed(0)
-    with torch.device(DEVICE), no_init_weights():
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    for param in model.parameters():
-        param.data.normal_(std=0.02) if param.ndim > 1 else param.data.fill_(1.0)
-    if options.base == "nf4":
-        quantize(model)
-    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=LINEAR)
-    policy = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    for name, param in policy.named_parameters():
-        if ".lora_" in name:
-            param.data = param.data.to(getattr(torch, FACTORS[options.factors]))
-    return policy
-
-
-def quantize(model: torch.nn.Module) -> None:
-    """Every linear layer but the head becomes bitsandbytes' NF4, where it stands."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if name in LINEAR:
-                bias = layer.bias is not None
-                packed = Linear4bit(
-                    layer.in_features,
-                    layer.out_features,
-                    bias,
-                    torch.bfloat16,
-                    quant_type="nf4",
-                    device="meta",
-                )
-                packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(
-                    DEVICE
-                )
-                if bias:
-                    packed.bias = layer.bias
-                setattr(parent, name, packed)
-    model.is_loaded_in_4bit = True
-
-
-STEPS = 0
-
-
-def move(policy: PeftModel, *, seed: int | None = None) -> None:
-    """A step of the optimizer, in size: every factor changes."""
-    global STEPS
-    STEPS += 1
-    torch.manual_seed(STEPS if seed is None else seed)
-    with torch.no_grad():
-        for name, param in policy.named_parameters():
-            if ".lora_B." in name:
-                param.normal_(std=1e-3)
+# -------------------------------------------------------------------------------------------- the engine
 
 
 def make_engine(options: argparse.Namespace, folder: Path) -> Any:
-    """It starts with weights of its own; the first push brings the trainer's."""
     from vllm import LLM
 
-    return LLM(
-        str(folder),
-        dtype="bfloat16",
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        max_num_seqs=64,
-        gpu_memory_utilization=0.2,  # what must be free; the key-value cache's size is given
-        kv_cache_memory_bytes=4 << 30,
-        enable_lora=True,
-        max_lora_rank=max(8, options.rank),
-        max_loras=1,
-        max_cpu_loras=4,
-        compilation_config={
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [8, 64],
-        },
-        weight_transfer_config={"backend": "lorasync"},
-    )
+    more: dict[str, Any] = {}
+    if options.backend == "ipc":
+        more = {"enable_lora": False, "weight_transfer_config": {"backend": "ipc"}}
+    elif options.processes == 2:
+        more = {"worker_extension_cls": EXTENSION}
+    return LLM(**parts.engine_settings(options, folder, **more))
 
 
-def engine_model(llm: Any) -> torch.nn.Module:
+def engine_model(llm: Any) -> nn.Module:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
 
 
-def floor_bytes(policy: PeftModel, base: str) -> float:
-    from peft.tuners.lora import LoraLayer
-
-    elements = sum(m.in_features * m.out_features for m in policy.modules() if isinstance(m, LoraLayer))
-    return elements * (2 + (2 if base == "bf16" else 0.5625))
+# --------------------------------------------------------------------------------------------- measuring
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written a second."""
-    left = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    right = torch.empty_like(left)
-    found = []
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        right.copy_(left)
-        end.record()
-        end.synchronize()
-        found.append(2 * left.numel() / (start.elapsed_time(end) / 1e3))
-    return statistics.median(found[2:])
+def start_of_peak() -> int:
+    if not torch.cuda.is_initialized():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
-def prompts(count: int) -> list[dict]:
-    return [{"prompt_token_ids": [(7 * i + 13 * j) % 1000 + 1 for j in range(16)]} for i in range(count)]
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-def greedy(llm: Any, request: dict) -> list[tuple[int, ...]]:
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(prompts(8), wanted, use_tqdm=False, **request)
-    return [tuple(o.outputs[0].token_ids) for o in outputs]
+def differing(left: dict[str, Tensor], right: dict[str, Tensor], exact: str) -> tuple[int, int]:
+    """How many elements differ, and of how many; of an exact way each by one rounding at most."""
+    differ = total = 0
+    for name, want in left.items():
+        got = right[name]
+        gap = (got.float() - want.float()).abs()
+        step = torch.maximum(got.float().abs(), want.float().abs()) * 2**-7
+        assert not exact or bool((gap <= step + 1e-9).all()), (
+            f"{exact}: {name} is off by more than one rounding"
+        )
+        differ, total = differ + int((gap > 0).sum()), total + gap.numel()
+    return differ, total
 
 
 def decode_speed(llm: Any, request: dict) -> float:
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True, detokenize=False)
     found = []
     for _ in range(2):
         began = time.perf_counter()
-        llm.generate(prompts(64), wanted, use_tqdm=False, **request)
+        generated(llm, 64, 128, request)
         found.append(64 * 128 / (time.perf_counter() - began))
     return max(found)
+
+
+def generated(llm: Any, count: int, tokens: int, request: dict) -> list[tuple[int, ...]]:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(parts.prompts(count), wanted, use_tqdm=False, **request)
+    return [tuple(o.outputs[0].token_ids) for o in outputs]
 
 
 def profile(run: Callable[[], Any]) -> None:

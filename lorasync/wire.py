@@ -30,7 +30,7 @@ import torch
 from lorasync import errors
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
 
-PROTOCOL = 2
+PROTOCOL = 3
 INLINE_LIMIT = 4 << 20
 """Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
 

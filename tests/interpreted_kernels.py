@@ -16,6 +16,8 @@ import torch
 
 from lorasync.kernels import Int8Base, MergeJob, NestedAbsmax, PackedBase, PlainBase, launch
 from lorasync.kernels import tune as tuning
+from lorasync.kernels.checksum import Checksum
+from lorasync.kernels.triton_checksum import WordSum
 from lorasync.kernels.tune import Config
 
 FP16, FP32 = torch.float16, torch.float32
@@ -115,6 +117,12 @@ def main() -> None:
     lost.lora_a[0], lost.lora_b[7] = -lost.base.weight[7].float(), 0
     lost.lora_b[7, 0], lost.lora_b[7, 1] = 0.5, 0.01
     check([replace(lost, name="a cancelled row")])
+
+    sizes = (1, 7, 8, 9, 65536, 65537, 200_003)
+    bytes_ = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    for _ in range(2):
+        assert (WordSum(bytes_).run() - int(Checksum(bytes_).now(), 16)) % (1 << 64) == 0, "the checksum"
+        bytes_[3][8] ^= 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
@@ -48,6 +48,11 @@ def with_adapter(model: PreTrainedModel, *, seed: int = 0, scale: float = 0.02, 
     policy = get_peft_model(model, config, adapter_name=name)
     move(policy, seed=seed, scale=scale)
     return policy
+
+
+def tiny(path: str, dtype: torch.dtype = torch.float32, **adapter: Any) -> PeftModel:
+    """The checkpoint with a LoRA adapter: a policy in training."""
+    return with_adapter(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), **adapter)
 
 
 def move(policy: PeftModel, *, seed: int, scale: float = 0.02) -> None:

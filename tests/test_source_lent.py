@@ -12,6 +12,7 @@ from peft import LoraConfig
 import lorasync as ls
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError
 from lorasync.kernels import Peaks, PendingMerge
+from lorasync.lent import made
 from lorasync.load import load_quantized
 from lorasync.presets import NF4
 from tests import models
@@ -23,7 +24,8 @@ def a_policy(**settings: Any) -> Any:
 
 
 def lent(source: ls.MergedSource) -> dict[str, torch.Tensor]:
-    return {name: item.make() if isinstance(item, PendingMerge) else item for name, item in source.borrowed()}
+    lent, rest = source.lend()
+    return {name: made(item) for name, item in lent.items.items()} | dict(rest)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def lent(source: ls.MergedSource) -> dict[str, torch.Tensor]:
 )
 def test_what_is_lent_is_what_iteration_yields(settings: dict[str, Any]) -> None:
     source = ls.MergedSource(a_policy(**settings))
-    pending = [item for _, item in source.borrowed() if isinstance(item, PendingMerge)]
+    pending = [item for item in source.lend()[0].items.values() if isinstance(item, PendingMerge)]
     assert len(pending) == 14
     copies = dict(source)
     assert list(lent(source)) == list(copies)
@@ -41,7 +43,7 @@ def test_what_is_lent_is_what_iteration_yields(settings: dict[str, Any]) -> None
 def test_a_pending_merge_of_a_4_bit_weight_refers_to_the_packed_one(tmp_path: Any) -> None:
     base = load_quantized(models.save(models.tiny_llama(), tmp_path), NF4, progress=False)
     source = ls.MergedSource(models.with_adapter(base, r=4))
-    merge = dict(source.borrowed())["model.layers.0.mlp.up_proj.weight"]
+    merge = source.lend()[0].items["model.layers.0.mlp.up_proj.weight"]
     assert isinstance(merge, PendingMerge)
     packed = source.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").weight
     assert dict(merge.base.tensors())["packed"].data_ptr() == packed.data_ptr()
@@ -53,12 +55,12 @@ def test_a_pending_merge_of_a_4_bit_weight_refers_to_the_packed_one(tmp_path: An
 def test_the_same_merges_come_again_until_something_moves() -> None:
     policy = a_policy()
     source = ls.MergedSource(policy)
-    first, again = dict(source.borrowed()), dict(source.borrowed())
+    first, again = source.lend()[0].items, source.lend()[0].items
     assert all(again[name] is item for name, item in first.items() if isinstance(item, PendingMerge))
     name = "model.layers.1.mlp.up_proj.weight"
     weight = policy.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer").weight
     weight.data = weight.data.clone() + 1
-    moved = dict(source.borrowed())[name]
+    moved = source.lend()[0].items[name]
     assert moved is not first[name]
     assert same_bits(moved.make(), dict(source)[name])
 
@@ -99,38 +101,41 @@ def test_kept_factors_do_not_outlive_another_adapter() -> None:
     assert all(param.shape[0] != 2 for name, param in kept if "lora_A" in name)
     another_adapter(policy)
     assert [tuple(t.shape) for _, t in kept] == [tuple(t.shape) for _, t in ls.FactorSource(policy)]
-    assert all(same_bits(t, dict(ls.FactorSource(policy))[name]) for name, t in kept.borrowed())
+    assert all(
+        same_bits(item.tensor, dict(ls.FactorSource(policy))[name])
+        for name, item in kept.lend()[0].items.items()
+    )
 
 
 @pytest.mark.parametrize("kind", [ls.MergedSource, ls.FactorSource])
 def test_a_kept_plan_still_refuses_what_is_wrong(kind: Any) -> None:
     policy = a_policy()
     source = kind(policy)
-    list(source.borrowed())
+    source.lend()
     policy.merge_adapter()
     with pytest.raises(AdapterError, match="merged into the weights"):
-        list(source.borrowed())
+        source.lend()
     policy.unmerge_adapter()
     next(p for n, p in policy.named_parameters() if ".lora_B." in n).data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="1 tensors"):
-        list(source.borrowed())
+        source.lend()
 
 
 def test_a_kept_plan_sees_a_factor_that_is_not_whole():
     policy = a_policy()
     source = ls.MergedSource(policy)
-    list(source.borrowed())
+    source.lend()
     next(p for n, p in policy.named_parameters() if "up_proj.lora_B" in n).data = torch.empty(0)
     with pytest.raises(MismatchError, match="up_proj"):
         next(iter(source))
     with pytest.raises(MismatchError, match="up_proj"):
-        next(source.borrowed())
+        source.lend()
 
 
 def test_a_borrowed_factor_is_the_parameter_itself() -> None:
     policy = a_policy()
     held = {param.data_ptr() for param in policy.parameters()}
-    assert all(tensor.data_ptr() in held for _, tensor in ls.FactorSource(policy).borrowed())
+    assert all(item.tensor.data_ptr() in held for item in ls.FactorSource(policy).lend()[0].items.values())
     assert not any(tensor.data_ptr() in held for _, tensor in ls.FactorSource(policy))
 
 

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.kernels import PendingMerge
-from lorasync.shared_gpu import gpu_of
+from lorasync.lent import Lent, made
+from lorasync.same_gpu import gpu_of
 from lorasync.wire import INLINE_LIMIT, digest, nbytes, pack, write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from lorasync.shared_gpu import SharedBuffer
+    from lorasync.lent import Item
+    from lorasync.same_gpu import Lender, Letter
     from lorasync.wire import Mailbox
 
-Item = torch.Tensor | PendingMerge
-"""What a source yields; merges that are still to be made only inside one process."""
+
+Bucket = Lent | dict[str, torch.Tensor]
+"""What goes to the engines in one call."""
 
 
 class Place(Protocol):
@@ -36,22 +38,23 @@ class Place(Protocol):
 class Payload:
     """One bucket on its way to any number of engines: packed, hashed and written once.
 
-    Inside one process the tensors are handed over as they are, to a worker on the same GPU they go through memory that
-    it reads there. For others, small buckets ride in the call itself, larger ones go through a file in each engine's
-    shared-memory folder (the same file, linked).
+    Inside one process the tensors are handed over as they are, a worker on the same GPU is told where they lie. For
+    others, small buckets ride in the call itself, larger ones go through a file in each engine's shared-memory folder
+    (the same file, linked).
     """
 
-    def __init__(self, bucket: dict[str, Item], places: Iterable[Place], shared: SharedBuffer) -> None:
-        self._bucket, self._shared = bucket, shared
+    def __init__(self, bucket: Bucket, places: Iterable[Place], lender: Lender) -> None:
+        self._bucket = bucket
         self._files: dict[Mailbox, Path] = {}
-        self._inline, self._layout, self._checksum = b"", "", ""
-        self._gpu = _gpu_of_all(bucket)
+        self._inline = b""
+        self._letter: Letter | None = None
         places = list(places)
+        self._gpu = _gpu_of_all(bucket) if any(place.folder is not None for place in places) else ""
         if any(self._is_beside(place) for place in places):
-            self._layout, self._checksum = shared.put(bucket)
+            self._letter = lender.put(bucket)
         outside = [p.folder for p in places if p.folder is not None and not self._is_beside(p)]
-        tensors = _made(bucket) if outside else {}
-        self.digest = digest(tensors) if outside else self._checksum
+        tensors = {name: made(item) for name, item in items_of(bucket).items()} if outside else {}
+        self.digest = digest(tensors) if outside else self._letter.digest if self._letter else ""
         if outside and nbytes(tensors) <= INLINE_LIMIT:
             self._inline = pack(tensors)
             return
@@ -70,9 +73,9 @@ class Payload:
     def fields(self, place: Place) -> dict[str, Any]:
         """The fields of an `Update` that carry the bucket to this engine."""
         if place.folder is None:
-            return {"tensors": self._bucket}
-        if self._is_beside(place):
-            return {"gpu": self._shared.handle, "layout": self._layout, "digest": self._checksum}
+            return {"tensors": self._bucket.unwrapped if isinstance(self._bucket, Lent) else self._bucket}
+        if self._letter is not None and self._is_beside(place):
+            return {"gpu": self._letter.handles, "layout": self._letter.layout, "digest": self._letter.digest}
         if self._inline:
             return {"payload": self._inline, "digest": self.digest}
         return {"path": self._files[place.folder].name, "digest": self.digest}
@@ -95,40 +98,33 @@ class Payload:
             path.unlink(missing_ok=True)
 
 
-def _made(bucket: dict[str, Item]) -> dict[str, torch.Tensor]:
-    return {name: item.make() if isinstance(item, PendingMerge) else item for name, item in bucket.items()}
+def items_of(bucket: Bucket) -> Mapping[str, Item]:
+    """The weights by name."""
+    return bucket.items if isinstance(bucket, Lent) else bucket
 
 
-def _gpu_of_all(bucket: dict[str, Item]) -> str:
+def _gpu_of_all(bucket: Bucket) -> str:
     """The one GPU that everything in the bucket lies on, if so."""
-    devices = {item.device for item in bucket.values()}
-    return gpu_of(devices.pop()) if len(devices) == 1 else ""
+    devices = bucket.devices if isinstance(bucket, Lent) else {tensor.device for tensor in bucket.values()}
+    return gpu_of(next(iter(devices))) if len(devices) == 1 else ""
 
 
-def buckets(
-    stream: Iterator[tuple[str, Item]], limit: int, *, lazily: bool = False
-) -> Iterator[dict[str, Item]]:
+def buckets(stream: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
     """Consecutive tensors, together at most ``limit`` bytes (a larger one travels alone).
-
-    Args:
-        stream: names and tensors.
-        limit: in bytes.
-        lazily: pending merges take none, because nobody makes them on the way.
 
     Raises:
         MismatchError: if a name comes a second time within a bucket; the worker sees the others.
     """
-    bucket: dict[str, Item] = {}
+    bucket: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in stream:
-        takes = 0 if lazily and isinstance(tensor, PendingMerge) else tensor.nbytes
-        if bucket and size + takes > limit:
+        if bucket and size + tensor.nbytes > limit:
             yield bucket
             bucket, size = {}, 0
         if name in bucket:
             wrong = Mismatch(name, "it a second time", "each name once", "Fix the source.")
             raise MismatchError("A source must yield each name once.", [wrong])
         bucket[name] = tensor
-        size += takes
+        size += tensor.nbytes
     if bucket:
         yield bucket

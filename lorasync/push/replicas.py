@@ -10,13 +10,13 @@ from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
 from lorasync.push.target import target_of
-from lorasync.shared_gpu import SharedBuffer
+from lorasync.same_gpu import Lender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Literal
 
-    from lorasync.push.payload import Item
+    from lorasync.push.payload import Bucket
     from lorasync.push.target import Pause
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Replicas:
 
     def __init__(self, targets: Mapping[str, object], *, timeout: float, pause: Pause) -> None:
         checked = {n: target_of(engine, timeout=timeout, pause=pause) for n, engine in targets.items()}
-        self._shared = SharedBuffer()
+        self._lender = Lender()
         self.sessions = [EngineSession(target, name=n, timeout=timeout) for n, target in checked.items()]
 
     @property
@@ -95,7 +95,7 @@ class Replicas:
 
     def send(
         self,
-        bucket: dict[str, Item],
+        bucket: Bucket,
         version: int,
         *,
         op: Literal["bucket", "base"] = "bucket",
@@ -105,7 +105,7 @@ class Replicas:
         if not beside and len(self.sessions) > 1:
             # Or one that another trainer has taken over would leave the others torn.
             self.each(lambda session: session.check_ours())
-        with Payload(bucket, self.sessions, self._shared) as payload:
+        with Payload(bucket, self.sessions, self._lender) as payload:
             seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
             return payload.digest, max(seconds)
 

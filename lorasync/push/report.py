@@ -6,12 +6,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorasync.lent import Lent
 from lorasync.wire import digest_of_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from lorasync.push.payload import Item
+    import torch
+
+    from lorasync.push.payload import Bucket
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class SyncReport:
         ranks: how many workers confirmed; 0 where they can't answer (another host).
         delta_survival: how much of the update's norm is left after rounding to the served dtype, from 0 to 1;
             ``None`` where nothing is merged on this side.
-        stall_seconds: for how long the engine could not generate; ``None`` where nothing was generating.
+        stall_seconds: for how long the engine could not generate, from when it had paused until it went on; ``None`` where
+            nothing was generating.
         warnings: what the trainer should look at.
     """
 
@@ -67,13 +71,17 @@ class Totals:
         self.source = self.sending = self.apply = 0.0
         self.digests: list[str] = []
 
-    def count(self, tensor: Item) -> None:
+    def count(self, tensor: torch.Tensor) -> None:
         self.tensors += 1
         self.bytes += tensor.nbytes
 
-    def add(self, bucket: Mapping[str, Item], bucket_digest: str, applying: float, sending: float) -> None:
-        for tensor in bucket.values():
-            self.count(tensor)
+    def add(self, bucket: Bucket, bucket_digest: str, applying: float, sending: float) -> None:
+        if isinstance(bucket, Lent):
+            self.tensors += len(bucket.items)
+            self.bytes += bucket.nbytes
+        else:
+            for tensor in bucket.values():
+                self.count(tensor)
         if bucket_digest:
             self.digests.append(bucket_digest)
         self.apply += applying
@@ -98,7 +106,7 @@ class Totals:
         )
 
 
-def timed(source: Iterable[tuple[str, Item]], totals: Totals) -> Iterator[tuple[str, Item]]:
+def timed(source: Iterable[tuple[str, torch.Tensor]], totals: Totals) -> Iterator[tuple[str, torch.Tensor]]:
     """The source's stream, with the time that it takes itself added to ``totals``."""
     stream = iter(source)
     while True:

@@ -99,8 +99,8 @@ class EngineSession:
             self.abort(self.version + 1, error, beside=False)
             self._answered(self.target.start, call=0)
 
-    def finish(self, version: int) -> None:
-        self._answered(lambda: self.target.finish(str(version)), call=0)
+    def finish(self) -> None:
+        self._answered(self.target.finish, call=0)
 
     def commit(self, version: int) -> float:
         """Serve what was sent, if the engine still serves what the trainer believes; the slowest worker's seconds.
@@ -136,7 +136,7 @@ class EngineSession:
                 self.target.update(update)
         if not beside and self.ranks > 1:  # one rank ends vLLM's update by failing; of several none may fail
             with contextlib.suppress(Exception):
-                self.target.finish(str(self.version))
+                self.target.finish()
         self._mailbox.collect(call)
         self.find_out(version, error)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import threading
 import time
 import warnings
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lorasync.errors import EngineClosedError, EngineNotReadyError, PushInProgressError, SyncError
+from lorasync.lent import NOTHING
 from lorasync.push.apply import (
     Apply,
+    MergeInWorker,
     ServeAdapter,
     apply_message,
     check_scalings,
@@ -27,13 +29,15 @@ from lorasync.push.payload import buckets
 from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.replicas import Replicas, named_targets
 from lorasync.push.report import SyncReport, Totals, timed
-from lorasync.shared_gpu import gpu_of
+from lorasync.same_gpu import gpu_of
 from lorasync.source import FactorSource, MergedSource
 from lorasync.wire import ADAPTER_IDS, manifest_as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lorasync.lent import Lent
+    from lorasync.push.payload import Bucket
     from lorasync.push.target import Pause
 
 _VANISHING = 0.2  # about a tenth of NF4's weights are exactly zero, and keep any update
@@ -136,6 +140,7 @@ class Sync:
         self._measure_survival = measure_survival and isinstance(source, MergedSource)
         self._busy = threading.Lock()
         self._scalings = scalings(source)
+        self._lent = NOTHING
         self._engines: Replicas | None = None  # on the rank that sends
         with agreed_by_all_ranks():
             manifest, message = source.metadata(), apply_message(apply, source)
@@ -176,7 +181,6 @@ class Sync:
             )
         try:
             with agreed_by_all_ranks():
-                check_scalings(self._scalings, scalings(self.source))
                 report = self._push(self._engines) if self._engines else self._accompany()
                 if self._measure_survival:
                     report = _with_survival(report, self.source)
@@ -200,10 +204,13 @@ class Sync:
         with agreed_by_all_ranks():
             if self._engines:
                 with _stoppable(self._engines) as stop:
-                    if not self._stages_only:
+                    if not self._leaves_weights:
                         stop.begin()
-                    self._engines.each(lambda session: session.rollback(self.version - 1))
+                    before = self.version - 1
+                    self._engines.each(lambda session: session.rollback(before))
                     self._engines.each(lambda session: session.target.reset_prefix_cache())
+                    if not self._leaves_weights:
+                        self._engines.each(lambda session: session.target.name_version(str(before)))
         self.version -= 1
 
     def request(self) -> dict[str, Any]:
@@ -278,46 +285,54 @@ class Sync:
             if self.apply is None:
                 stop.begin()  # merged weights are live as they come
                 engines.each(lambda session: session.start())
-            self._transfer(engines, version, totals, stop)
+            self._transfer(engines, version, totals)
+            if isinstance(self.apply, MergeInWorker):
+                stop.begin()  # factors were staged beside what is served until now
             committing = time.perf_counter()
             blocked = engines.commit(version)
             totals.apply += time.perf_counter() - committing
-            if not self._stages_only:
+            if not self._leaves_weights:
                 engines.each(lambda session: session.target.reset_prefix_cache())
+                engines.each(lambda session: session.target.name_version(str(version)))
             if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
-        if self._stages_only and engines.generates_meanwhile:
+        if self._leaves_weights and engines.generates_meanwhile:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
-    def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: _Stop) -> None:
-        source: Any = self.source
-        lends = isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source))
-        stream = timed(source.borrowed() if lends else source, totals)
-        here = engines.in_process and lends  # then parameters themselves travel, and take no memory
-        limit = sys.maxsize if here and isinstance(source, FactorSource) else self._bucket_bytes
+    def _transfer(self, engines: Replicas, version: int, totals: Totals) -> None:
+        lent, stream = self._read(engines, totals)
         beside = self.apply is not None
         try:
-            for bucket in buckets(stream, limit, lazily=here):
+            first: list[Bucket] = [lent] if lent.items else []
+            for bucket in chain(first, buckets(stream, self._bucket_bytes)):
                 sending = time.perf_counter()
                 digest, applying = engines.send(bucket, version, beside=beside)
                 totals.add(bucket, digest, applying, time.perf_counter() - sending)
-            if self._stages_only:
+            if self._leaves_weights:
                 engines.each(lambda session: session.wait_for_room())
-                return
-            if beside:
-                stop.begin()  # factors were staged beside what is served until now
-                engines.each(lambda session: session.start())
-            engines.each(lambda session: session.finish(version))
+            if not beside:
+                engines.each(lambda session: session.finish())
         except BaseException as error:
             engines.abort(version, error, beside=beside)
             for _ in stream:  # the other trainer ranks are in its collectives
                 pass
             raise
 
+    def _read(self, engines: Replicas, totals: Totals) -> tuple[Lent, Iterator[tuple[str, torch.Tensor]]]:
+        """What engines can read where it lies, and a stream of everything else."""
+        began, lent, stream = time.perf_counter(), NOTHING, iter(self.source)
+        if isinstance(self.source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(self.source)):
+            lent, stream = self.source.lend()
+        if lent is NOTHING or lent is not self._lent:  # the same again has the same scalings
+            check_scalings(self._scalings, scalings(self.source))
+        self._lent = lent
+        totals.source += time.perf_counter() - began
+        return lent, timed(stream, totals)
+
     @property
-    def _stages_only(self) -> bool:
-        """An adapter leaves the weights alone: vLLM's update, which drops every loaded adapter, is not for it."""
+    def _leaves_weights(self) -> bool:
+        """An adapter leaves the weights alone: what is cached of them stays good, and nothing has to wait."""
         return isinstance(self.apply, ServeAdapter)
 
     def _send_base(self) -> None:
@@ -339,6 +354,7 @@ class Sync:
     def _accompany(self) -> SyncReport:
         """A rank that is not the sender takes part in the source's collectives and drops what they yield."""
         began, totals = time.perf_counter(), Totals(strategy_of(self.apply))
+        check_scalings(self._scalings, scalings(self.source))
         for _, tensor in timed(self.source, totals):
             totals.count(tensor)
         return totals.report(self._newest + 1, 0, time.perf_counter() - began)
@@ -373,8 +389,8 @@ class _Stop:
 
     def begin(self) -> None:
         if self._began is None:
+            self._engines.each(lambda session: session.target.pause())  # until then steps go on to their end
             self._began = time.perf_counter()
-            self._engines.each(lambda session: session.target.pause())
 
     def end(self) -> None:
         if self._engines.closed:

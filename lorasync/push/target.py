@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -38,7 +37,11 @@ class Target(Protocol):
 
     def update(self, info: dict[str, Any]) -> None: ...
 
-    def finish(self, version: str) -> None: ...
+    def finish(self) -> None: ...
+
+    def name_version(self, version: str) -> None:
+        """Let outputs say which version they are of, where this vLLM has them say it."""
+        ...
 
     def reset_prefix_cache(self) -> None: ...
 
@@ -101,9 +104,6 @@ class LLMTarget:
         self._core_is_here = hasattr(core, "engine_core")
         executor = core.engine_core.model_executor if self._core_is_here else None
         self.in_process = hasattr(executor, "driver_worker")
-        self._finish_takes_version = (
-            "weight_version" in inspect.signature(llm.finish_weight_update).parameters
-        )
 
     def init(self, info: dict[str, Any]) -> None:
         self._call(lambda: self._llm.init_weight_transfer_engine({"init_info": info}), "the handshake")
@@ -114,9 +114,13 @@ class LLMTarget:
     def update(self, info: dict[str, Any]) -> None:
         self._call(lambda: self._llm.update_weights({"update_info": info}), "update_weights")
 
-    def finish(self, version: str) -> None:
-        arguments = {"weight_version": version} if self._finish_takes_version else {}
-        self._call(lambda: self._llm.finish_weight_update(**arguments), "finish_weight_update")
+    def finish(self) -> None:
+        self._call(self._llm.finish_weight_update, "finish_weight_update")
+
+    def name_version(self, version: str) -> None:
+        name = getattr(self._llm.llm_engine, "set_weight_version", None)  # up to 0.27 there is none
+        if name is not None:
+            self._call(lambda: name(version), "set_weight_version")
 
     def reset_prefix_cache(self) -> None:
         if self._call(self._llm.reset_prefix_cache, "reset_prefix_cache") is False:
@@ -175,8 +179,11 @@ class CallsTarget:
     def update(self, info: dict[str, Any]) -> None:
         call_with_limit(lambda: self._calls.update_weights(info), self._timeout, "update_weights")
 
-    def finish(self, version: str) -> None:  # noqa: ARG002
+    def finish(self) -> None:
         call_with_limit(self._calls.finish_weight_update, self._timeout, "finish_weight_update")
+
+    def name_version(self, version: str) -> None:
+        """These calls don't name it."""
 
     def reset_prefix_cache(self) -> None:
         reset = getattr(self._calls, "reset_prefix_cache", None)
@@ -218,9 +225,7 @@ class AsyncLLMTarget:
         self._loop: asyncio.AbstractEventLoop = engine.output_handler.get_loop()
         self._timeout = timeout
         self._mode = pause
-        self._finish_takes_version = (
-            "weight_version" in inspect.signature(engine.finish_weight_update).parameters
-        )
+        self._paused = False
 
     def init(self, info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -235,20 +240,33 @@ class AsyncLLMTarget:
 
         self._run(lambda: self._engine.update_weights(WeightTransferUpdateRequest(update_info=info)))
 
-    def finish(self, version: str) -> None:
-        arguments = {"weight_version": version} if self._finish_takes_version else {}
-        self._run(lambda: self._engine.finish_weight_update(**arguments))
+    def finish(self) -> None:
+        self._run(self._engine.finish_weight_update)
+
+    def name_version(self, version: str) -> None:
+        name = getattr(self._engine, "update_weight_version", None)  # up to 0.27 there is none
+        if name is not None:
+            self._run(lambda: name(version))
 
     def reset_prefix_cache(self) -> None:
-        # Requests that are kept are preempted: their keys and values are computed anew by the new version.
+        if self._paused:  # cleared, and nothing was computed since
+            return
         if self._run(lambda: self._engine.reset_prefix_cache(reset_running_requests=True)) is False:
             raise SyncError("prefix cache: vLLM did not reset it, expected an empty cache. Push again.")
 
     def pause(self) -> None:
-        self._run(lambda: self._engine.pause_generation(mode=self._mode, clear_cache=self._mode != "keep"))
+        """With all caches cleared: the keys and values of requests that are kept are computed anew by the new version."""
+        core = self._engine.engine_core
+        if self._mode == "keep" and hasattr(core, "pause_scheduler_async"):
+            # `pause_generation` calls this and then sleeps for 20 ms, so that its caller sees outputs first.
+            self._run(lambda: core.pause_scheduler_async(mode="keep", clear_cache=True))
+        else:
+            self._run(lambda: self._engine.pause_generation(mode=self._mode, clear_cache=True))
+        self._paused = True
 
     def resume(self) -> None:
         self._run(self._engine.resume_generation)
+        self._paused = False
 
     def adapters_in_flight(self) -> frozenset[int]:
         return _adapters_of(self._engine)

@@ -13,7 +13,7 @@ from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.factors import FactorApplier
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
-from lorasync.receive.staging import check_bucket, parsed
+from lorasync.receive.staging import BucketCheck, parsed
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class LoadApplier:
         self._live = LiveModel(engine.model, engine.model_config, plan)
         self._pass: LiveWriter | None = None
         self._received: set[str] = set()
+        self._check = BucketCheck()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -90,7 +91,7 @@ class LoadApplier:
         }
 
     def receive(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> dict[str, Any]:
-        check_bucket(tensors, self._expected, self._received)
+        self._check(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)
         self._pass.write(tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
@@ -22,10 +22,11 @@ from lorasync.errors import (
     StaleVersionError,
     SyncError,
 )
+from lorasync.kernels import PendingMerge
 from lorasync.receive import vllm_parts
-from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
-from lorasync.shared_gpu import Openings, gpu_of
+from lorasync.same_gpu import Openings, gpu_of
 from lorasync.wire import (
     PROTOCOL,
     Control,
@@ -119,6 +120,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._applier = self._applier_for(control)
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
             before.close(control.in_flight)
+            self._gpu.close()
         self._session = control.session
         # Trainers that were taken over from may still call: each is answered in its own mailbox while that exists.
         self._mailboxes = {s: box for s, box in self._mailboxes.items() if box.folder.exists()}
@@ -143,8 +145,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._abort(applier)
             raise SyncError("The trainer gave up the update.")
         try:
-            tensors = self._tensors_of(update)
-            found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
+            bucket = self._bucket_of(update)
+            if isinstance(applier, LoadApplier) and update.op == "bucket":
+                found = applier.receive(bucket)
+            else:
+                tensors = _without_merges(bucket)
+                found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
             if update.gpu:  # once it has its answer the trainer writes there again
                 vllm_parts.wait_for_stream(self.device)
             return found
@@ -240,10 +246,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             )
         return self._applier
 
-    def _tensors_of(self, update: Update) -> dict[str, torch.Tensor]:
+    def _bucket_of(self, update: Update) -> dict[str, torch.Tensor | PendingMerge]:
         self._here = update.tensors is not None
         if self._here:
-            return dict(update.tensors)
+            given: dict[str, torch.Tensor | PendingMerge] = (
+                update.tensors
+            )  # itself: it may be one that comes again
+            return given
         if update.gpu:
             return self._gpu.read(update.gpu, update.layout, update.digest)
         if update.path:
@@ -258,7 +267,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             raise PayloadError(
                 f"bucket: the digest differs from {update.digest or 'none'}: bytes were altered. Not applied."
             )
-        return tensors
+        return dict(tensors)
 
     def _check_protocol(self, control: Control) -> None:
         if control.protocol != PROTOCOL:
@@ -313,3 +322,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if kind not in self._copies:
             self._copies[kind] = CopiedBases(self.device if kind == "device" else "cpu", checkpoint)
         return self._copies[kind]
+
+
+def _without_merges(bucket: dict[str, torch.Tensor | PendingMerge]) -> dict[str, torch.Tensor]:
+    if any(isinstance(item, PendingMerge) for item in bucket.values()):
+        raise PayloadError(
+            "bucket: got merges, expected factors: these are for a merged push. Nothing was touched."
+        )
+    return cast("dict[str, torch.Tensor]", bucket)

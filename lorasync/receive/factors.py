@@ -11,7 +11,7 @@ import torch
 from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError, UnmergeableError
 from lorasync.fingerprint import WeightSample
 from lorasync.fingerprint import from_json as samples_from_json
-from lorasync.kernels import GroupedMerge, MergeJob
+from lorasync.kernels import Base, GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
 from lorasync.receive import vllm_parts
 from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle, is_rectangle
@@ -19,6 +19,7 @@ from lorasync.receive.identity import Read, check_base
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
 from lorasync.receive.staging import Staging, parsed
+from lorasync.receive.streamed import StreamedMerges
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
@@ -54,7 +55,7 @@ class FactorApplier:
         self._torn = False
         self._active: Factors = {}  # those that are being merged
         # By the identity of the factors, which are kept with it: their memory is used again.
-        self._merges: dict[int, tuple[Factors, GroupedMerge]] = {}
+        self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
         self._check_dora(ranks)
         self._bases: Bases = self._find_bases(engine)
         self._plan_rows()
@@ -196,9 +197,12 @@ class FactorApplier:
 
     def _plan_rows(self) -> None:
         rows = self._direct_rows(self._touched)
-        self._grouped_rows = [row for row in rows if self._is_groupable(row)]
-        grouped = set(self._grouped_rows)
-        self._other_rows = _by_name(row for row in rows if row not in grouped)
+        by_kernel = [row for row in rows if self._is_for_a_kernel(row)]
+        self._grouped_rows = [row for row in by_kernel if self._is_on_device(row)]
+        self._streamed_rows = [row for row in by_kernel if not self._is_on_device(row)]
+        seen = set(by_kernel)
+        self._other_rows = _by_name(row for row in rows if row not in seen)
+        self._merges = {}
         self._layers = self._layers_through_loader()
         self._written = {row.param for row in rows}
 
@@ -216,31 +220,43 @@ class FactorApplier:
         self._live.refresh(self._written)
 
     def _merge_direct(self) -> None:
-        if self._grouped_rows:
+        if self._grouped_rows or self._streamed_rows:
             if id(self._active) not in self._merges:
-                grouped = GroupedMerge([self._job(row) for row in self._grouped_rows])
-                self._merges[id(self._active)] = (self._active, grouped)
-            self._merges[id(self._active)][1].run()
+                grouped = GroupedMerge(
+                    [self._job(row, self._bases.rectangle(row)) for row in self._grouped_rows]
+                )
+                streamed = StreamedMerges(
+                    self._streamed_rows, self._bases.rectangle, self._job, self._dtype, self._device
+                )
+                self._merges[id(self._active)] = (self._active, grouped, streamed)
+            _, grouped, streamed = self._merges[id(self._active)]
+            grouped.run()
+            streamed.run()
         for name, rows in self._other_rows.items():
             for row, merged in self._merged_rows(name, rows):
                 self._live.live_slice(row.param, row.target).copy_(merged)
 
-    def _is_groupable(self, row: Row) -> bool:
+    def _is_on_device(self, row: Row) -> bool:
+        if isinstance(self._bases, _Mixed):
+            return row.name in self._bases.packed_names
+        return self._kind == "device"
+
+    def _is_for_a_kernel(self, row: Row) -> bool:
         edits = self._edits.get(row.name, [])
-        if self._device.type != "cuda" or self._kind in ("cpu", "checkpoint") or len(edits) != 1:
+        if self._device.type != "cuda" or len(edits) != 1:
             return False
         edit = edits[0]
         plain = isinstance(edit, FactorModule) and edit.kind == "linear" and not edit.dora
         return plain and is_rectangle(row)
 
-    def _job(self, row: Row) -> MergeJob:
+    def _job(self, row: Row, base: Base) -> MergeJob:
         (edit,) = self._edits[row.name]
         assert isinstance(edit, FactorModule)
         part = Rectangle.of(row, edit.shape[1])
         outs, ins = (part.cols, part.rows) if edit.fan_in_fan_out else (part.rows, part.cols)
         return MergeJob(
             out=self._live.live_slice(row.param, row.target),
-            base=self._bases.rectangle(row),
+            base=base,
             lora_a=self._active[edit.a][:, ins[0] : ins[1]],
             lora_b=self._active[edit.b][outs[0] : outs[1]],
             scaling=edit.scaling,
@@ -319,8 +335,9 @@ class _Mixed:
     def __init__(self, packed: PackedBases, checkpoint: CheckpointBases) -> None:
         self._packed = packed
         self._checkpoint = checkpoint
+        self.packed_names = packed.names
 
-    def rectangle(self, row: Row) -> Any:
+    def rectangle(self, row: Row) -> Base:
         return (self._packed if row.name in self._packed.names else self._checkpoint).rectangle(row)
 
     def whole(self, name: str) -> torch.Tensor:

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from lorasync.kernels import PendingMerge
+from lorasync.lent import made
 from lorasync.receive import vllm_parts
-from lorasync.receive.merges import LiveMerges
+from lorasync.receive.direct import DirectWrites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
+    from lorasync.kernels import PendingMerge
     from lorasync.receive.plan import LoadPlan, Slice
 
 
@@ -41,7 +42,7 @@ class LiveModel:
                 needs[_layer_name(param)].add(name)
         self._indirect = {name: tuple(params) for name, params in indirect.items()}
         self._needs = {layer: frozenset(names) for layer, names in needs.items()}
-        self.merges = LiveMerges(self)
+        self.writes = DirectWrites(self)
         self._on_gpu = any(param.is_cuda for param in self._params.values())
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
@@ -90,13 +91,13 @@ class LiveWriter:
 
     def write(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
         """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one."""
-        through_loader, merges = {}, {}
-        for name, given in tensors.items():
-            self.touched = True
-            if isinstance(given, PendingMerge) and self._live.merges.takes(name, given):
-                merges[name] = given
-                continue
-            tensor = given.make() if isinstance(given, PendingMerge) else given
+        direct = self._live.writes.of(tensors)
+        self.touched |= bool(tensors)
+        direct.write()
+        self._written |= direct.params
+        through_loader = {}
+        for name, given in direct.others.items():
+            tensor = made(given)
             for row in self._live.plan.rows_of(name):
                 if row.param in self._live.direct:
                     target = self._live.live_slice(row.param, row.target)
@@ -104,9 +105,6 @@ class LiveWriter:
                     self._written.add(row.param)
             if self._live.indirect_params_fed_by(name):
                 through_loader[name] = tensor
-        if merges:
-            self._live.merges.run(merges)
-            self._written |= {row.param for name in merges for row in self._live.plan.rows_of(name)}
         if through_loader:
             self._load(through_loader)
 

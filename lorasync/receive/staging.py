@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError
+from lorasync.lent import Recurring
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from lorasync.kernels import PendingMerge
     from lorasync.receive.plan import ManifestEntry
@@ -25,6 +26,7 @@ class Staging:
         self.expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self.received: dict[str, torch.Tensor] = {}
         self._device = device
+        self._check = BucketCheck()
         self._room: dict[str, torch.Tensor] = {}
         self._spare: list[dict[str, torch.Tensor]] = []
 
@@ -34,7 +36,7 @@ class Staging:
         Raises:
             MismatchError: for names, dtypes and shapes that were not announced, all at once.
         """
-        check_bucket(tensors, self.expected, self.received.keys())
+        self._check(tensors, self.expected, self.received.keys())
         if not self._room and self._spare:
             self._room = self._spare.pop()
         # Copies also on the CPU: the payload's file is gone after the call.
@@ -83,6 +85,28 @@ def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
         raise PayloadError(
             f"handshake, {key}: malformed ({type(error).__name__}: {error}). Nothing was touched."
         ) from error
+
+
+class BucketCheck:
+    """`check_bucket`, which needs no second look at a bucket that comes again and has passed it."""
+
+    def __init__(self) -> None:
+        self._passed: object = None
+
+    def __call__(
+        self,
+        tensors: Mapping[str, torch.Tensor | PendingMerge],
+        expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        received: Collection[str],
+    ) -> None:
+        """Compare a bucket with the handshake, which is always the same one.
+
+        Raises:
+            MismatchError: as `check_bucket` does.
+        """
+        if self._passed is None or tensors is not self._passed or received:
+            check_bucket(tensors, expected, received)
+            self._passed = tensors if isinstance(tensors, Recurring) else None
 
 
 def check_bucket(

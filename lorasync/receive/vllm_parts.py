@@ -17,14 +17,25 @@ if TYPE_CHECKING:
 def build_twin(vllm_config: Any) -> torch.nn.Module:
     """The served model once more, on the meta device: same parameters, no memory, vLLM's own loaders.
 
-    Attention layers register themselves by name in the compilation config, so the twin gets a config of its own.
+    Of an engine that quantizes what it loads (fp8 from a 16-bit checkpoint) it is the model before that: those loaders
+    would start kernels as soon as a layer is complete, which nothing on the meta device can.
     """
+    twin = _initialized(vllm_config, quantized=True)
+    quantizes = any(
+        getattr(getattr(layer, "quant_method", None), "uses_meta_device", False) for layer in twin.modules()
+    )
+    return _initialized(vllm_config, quantized=False) if quantizes else twin
+
+
+def _initialized(vllm_config: Any, *, quantized: bool) -> torch.nn.Module:
+    """Attention layers register themselves by name in the compilation config, so the twin gets a config of its own."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
+    config.quant_config = vllm_config.quant_config if quantized else None
     for registry in ("static_all_moe_layers",):  # absent in old versions
         if hasattr(config.compilation_config, registry):
             setattr(config.compilation_config, registry, [])

@@ -11,6 +11,7 @@ import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 
 from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
+from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
@@ -224,6 +225,7 @@ class FactorSource:
         self.adapter = adapter
         self.check_finite = check_finite
         self._planned: _Plan | None = None
+        self._lent = LastLent()
         self.spec()
 
     def metadata(self) -> list[ParamMeta]:
@@ -244,19 +246,21 @@ class FactorSource:
                 for name in names:
                     yield name, _copy(gathered(plan.tensors[name]))
 
-    def borrowed(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield as iteration does, but parameters themselves where they are whole: for who reads them at once.
+    def lend(self) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
+        """What iteration yields, for a receiver that reads at once: parameters themselves, and what can't be lent.
 
         Raises:
             NonFiniteError: As iteration does.
         """
         plan = self._plan()
         if plan.sharded and any(map(is_sharded, plan.tensors.values())):
-            yield from self
-            return
+            return NOTHING, iter(self)
         if self.check_finite:
             plan.finite()
-        yield from [(name, tensor.detach()) for name, tensor in plan.tensors.items()]
+        lent = self._lent.get(
+            plan, list(plan.tensors.values()), lambda: Lent({n: Held(t) for n, t in plan.tensors.items()})
+        )
+        return lent, iter(())
 
     def spec(self) -> FactorSpec:
         """Describe the adapter for its receiver; nothing is gathered."""

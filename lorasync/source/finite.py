@@ -50,7 +50,8 @@ class FiniteCheck:
         self._sharded = any(can_be_sharded(each.tensor) for each in inputs)
         self._states: dict[str, tuple[int, int, int]] = dict(before._states) if before else {}
         self._peaks: dict[str, float] = dict(before._peaks) if before else {}
-        self._scans: dict[tuple[torch.device, torch.dtype], tuple[list[int], Peaks]] = {}
+        self._lie: list[int] = []
+        self._scans: list[tuple[list[int], Peaks]] = []
 
     def __call__(self) -> dict[str, float]:
         """Check the tensors as they are and return the largest absolute value of each.
@@ -85,19 +86,17 @@ class FiniteCheck:
     @torch.no_grad()
     def _peaks_of(self, tensors: list[Tensor]) -> list[float]:
         """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
+        lie = [tensor.data_ptr() for tensor in tensors]
+        if lie != self._lie:
+            self._lie, self._scans = lie, _scans(tensors)
         peaks = [math.nan] * len(tensors)
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-        for index, tensor in enumerate(tensors):
-            if tensor.is_cuda and tensor.is_contiguous() and tensor.is_floating_point():
-                groups[tensor.device, tensor.dtype].append(index)
-            else:
-                peaks[index] = largest(tensor)
-        for kind, members in groups.items():
-            lie = [tensors[index].data_ptr() for index in members]
-            if kind not in self._scans or self._scans[kind][0] != lie:
-                self._scans[kind] = (lie, Peaks([tensors[index] for index in members]))
-            for index, peak in zip(members, self._scans[kind][1].now(), strict=True):
+        for members, scan in self._scans:
+            for index, peak in zip(members, scan.now(), strict=True):
                 peaks[index] = peak
+        seen = {index for members, _ in self._scans for index in members}
+        for index in range(len(tensors)) if len(seen) < len(tensors) else ():
+            if index not in seen:
+                peaks[index] = largest(tensors[index])
         return peaks
 
 
@@ -142,6 +141,15 @@ def inputs_of(slot: Slot) -> list[Input]:
         adapter = slot.general.adapters[-1]
         inputs += [Input(f"{slot.name} ({adapter}, {i})", p) for i, p in enumerate(slot.general.params())]
     return inputs
+
+
+def _scans(tensors: list[Tensor]) -> list[tuple[list[int], Peaks]]:
+    """Which tensors are looked at together; the others one by one."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if tensor.is_cuda and tensor.is_contiguous() and tensor.is_floating_point():
+            groups[tensor.device, tensor.dtype].append(index)
+    return [(members, Peaks([tensors[index] for index in members])) for members in groups.values()]
 
 
 def _term(slot: Slot, step: Any) -> tuple[list[str], float]:

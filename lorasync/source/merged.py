@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.finite import FiniteCheck, Fit, check_fits, inputs_of
 from lorasync.source.model import base_of, pick_adapters, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
-from lorasync.source.ties import check_updates, untied
+from lorasync.source.ties import check_updates, sharing, untied
 from lorasync.source.whole import AS_HELD, Whole, whole
 from lorasync.zero import can_be_sharded, is_sharded
 
@@ -47,22 +48,18 @@ class _Plan:
 
     settings: tuple[Any, ...]
     built: Structure
-    everything: list[Slot]
     stored: dict[str, Slot]
     blocks: list[_Block]
     finite: FiniteCheck
     fits: list[Fit]
     inputs: list[Tensor]
+    tied: list[list[Slot]]
     sharded: bool
 
-
-@dataclass(frozen=True)
-class _Lent:
-    """What stands for each group, for as long as the plan is this one and everything lies there."""
-
-    plan: _Plan
-    lies: list[int]
-    items: list[tuple[Group, Tensor | PendingMerge | None]]
+    @property
+    def groups(self) -> Iterator[Group]:
+        """All that is yielded together, in order."""
+        return (group for block in self.blocks for group in block.groups)
 
 
 class MergedSource:
@@ -115,17 +112,12 @@ class MergedSource:
         self._layout = CheckpointLayout(base_of(self.model))
         self._cut: tuple[Any, list[Group]] = (None, [])
         self._planned: _Plan | None = None
-        self._lent: _Lent | None = None
+        self._lent = LastLent()
         self.metadata()
 
     def metadata(self) -> list[ParamMeta]:
         """Say what iteration will yield, in its order; nothing is gathered or computed."""
-        return [
-            ParamMeta(*output)
-            for block in self._plan().blocks
-            for group in block.groups
-            for output in group.outputs
-        ]
+        return [ParamMeta(*output) for group in self._plan().groups for output in group.outputs]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, tensor)`; a fresh pass each time.
@@ -142,37 +134,41 @@ class MergedSource:
                 for group in block.groups:
                     yield from self._converted(group, plan.stored, gathered, scratch)
 
-    def borrowed(self) -> Iterator[tuple[str, Tensor | PendingMerge]]:
-        """Yield as iteration does, for a receiver in this process that reads at once.
+    def lend(self) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
+        """What iteration yields, for a receiver that reads at once.
 
-        Low-rank merges of linear weights come as `PendingMerge`, the same objects again for as long as the model
-        lies where it lay; weights that no adapter touches may be the model's own.
+        First what it may read from the model: low-rank merges of linear weights as `PendingMerge`, weights that need
+        no work as `Held`. Then a stream of what had to be made.
 
         Raises:
             NonFiniteError: As iteration does.
         """
-        plan, scratch = self._ready(), Scratch()
+        plan = self._ready()
         if plan.sharded and any(map(is_sharded, plan.inputs)):
-            yield from self._copies(plan)
-            return
-        lies = [tensor.data_ptr() for tensor in plan.inputs]
-        if self._lent is None or self._lent.plan is not plan or self._lent.lies != lies:
-            groups = [group for block in plan.blocks for group in block.groups]
-            self._lent = _Lent(plan, lies, [(group, self._lend(group, plan.stored)) for group in groups])
-        for group, item in self._lent.items:
+            return NOTHING, self._copies(plan)
+        lent = self._lent.get(plan, plan.inputs, lambda: Lent(dict(self._lendable(plan))))
+        return lent, self._not_lent(plan, lent)
+
+    def _lendable(self, plan: _Plan) -> Iterator[tuple[str, Held | PendingMerge]]:
+        for group in plan.groups:
+            item = self._lend(group, plan.stored)
             if item is not None:
                 yield group.outputs[0][0], item
-            else:
+
+    def _not_lent(self, plan: _Plan, lent: Lent) -> Iterator[tuple[str, Tensor]]:
+        scratch = Scratch()
+        for group in plan.groups:
+            if group.outputs[0][0] not in lent.items:
                 yield from self._converted(group, plan.stored, AS_HELD, scratch)
 
-    def _lend(self, group: Group, found: dict[str, Slot]) -> Tensor | PendingMerge | None:
+    def _lend(self, group: Group, found: dict[str, Slot]) -> Held | PendingMerge | None:
         """What stands for a group without work on it; None where there is some."""
         slot, dtype = found[group.members[0]], group.outputs[0][1]
         if not group.renamed or not isinstance(self.rounding, Nearest):
             return None
         if slot.adapted:
             return slot.pending(dtype)
-        return slot.held.detach() if (slot.packing, slot.dtype) == ("plain", dtype) else None
+        return Held(slot.held) if (slot.packing, slot.dtype) == ("plain", dtype) else None
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
@@ -201,7 +197,7 @@ class MergedSource:
         """Plan a pass and check all that can be checked before its first tensor."""
         plan = self._plan()
         if not self.untie:
-            check_updates(plan.everything)
+            check_updates(plan.tied)
         if self.check_finite:
             check_fits(plan.fits, plan.finite())
         else:
@@ -222,12 +218,12 @@ class MergedSource:
         self._planned = _Plan(
             settings,
             built,
-            everything,
             stored,
             blocks=list(_blocks(self._groups(stored), stored)),
             finite=FiniteCheck(inputs, before.finite if before else None),
             fits=[Fit(slot, dtype) for slot, dtype in served if slot.adapted and dtype.is_floating_point],
             inputs=list(params.values()),
+            tied=sharing(everything),
             sharded=any(map(can_be_sharded, params.values())),
         )
         return self._planned

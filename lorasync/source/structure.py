@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from operator import is_
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -11,10 +14,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lorasync.zero import full_shape
+from lorasync.zero import can_be_sharded, full_shape
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -22,7 +25,7 @@ ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 class Structure:
     """What a plan of a model depends on beside the values: modules, adapter layers, their shapes, state and scaling.
 
-    Asking whether it still holds is cheap, as it is asked at each push: torch counts what is registered anywhere,
+    Asking whether it still holds is cheap, as it is asked at each push: torch says what is registered with which module,
     and only adapter layers are looked at.
 
     Example:
@@ -38,54 +41,59 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _Registrations.start()
-        self._registered = _Registrations.count
+        self._changes = _Changes(model)
         self._layers: list[Any] = [m for m in model.modules() if isinstance(m, ADAPTER_MODULES)]
-        self._params: list[tuple[dict[str, Any], str, Tensor]] = [
-            (module._parameters, name, param)
+        self._places: list[tuple[dict[str, Any], str]] = [
+            (module._parameters, name)
             for layer in self._layers
             for module in layer.modules()
             for name, param in module._parameters.items()
             if param is not None
         ]
-        self._states = self._now()
+        self._params = self._held()
+        self._sharded = any(map(can_be_sharded, self._params))
+        now = self._now(self._params)  # with lists and dicts that change in place
+        self._states = [value.copy() if isinstance(value, list | dict) else value for value in now]
 
     def holds(self) -> bool:
         """Whether nothing was added, removed, replaced, switched or scaled since."""
-        return (
-            self._registered == _Registrations.count
-            and all(held.get(name) is param for held, name, param in self._params)
-            and self._states == self._now()
-        )
+        if self._changes.count:
+            return False
+        params = self._held()
+        return all(map(is_, params, self._params)) and self._states == self._now(params)
 
-    def _now(self) -> list[Any]:
-        found: list[Any] = [hasattr(param, "ds_id") for _, _, param in self._params[:1]]
-        found += [full_shape(param) for _, _, param in self._params]
-        for layer in self._layers:  # hundreds, at each push: no properties
-            held = layer.__dict__
-            active = held.get("_active_adapter")
-            found += (
-                tuple(active) if isinstance(active, list) else active,
-                held.get("_disable_adapters"),
-                tuple(held.get("merged_adapters") or ()),
-                tuple((held.get("scaling") or {}).items()),
-            )
+    def _held(self) -> list[Any]:
+        return [held.get(name) for held, name in self._places]
+
+    def _now(self, params: list[Any]) -> list[Any]:
+        """Hundreds of parameters and layers, at each push: no properties, few calls."""
+        found: list[Any] = [can_be_sharded(param) for param in params[:1]]
+        found += map(full_shape, params) if self._sharded else [param.shape for param in params]
+        states = [layer.__dict__ for layer in self._layers]
+        for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling"):
+            found += [state.get(name) for state in states]
         return found
 
 
-class _Registrations:
-    """How many modules and parameters were registered with any module of this process."""
+class _Changes:
+    """How many modules and parameters were registered with the modules of one model since it was looked at."""
 
-    count = 0
-    _counting = False
+    def __init__(self, model: nn.Module) -> None:
+        self.count = 0
+        _watch()
+        for module in model.modules():
+            _watched.setdefault(module, WeakSet()).add(self)
 
-    @classmethod
-    def start(cls) -> None:
-        if not cls._counting:
-            register_module_module_registration_hook(cls._add)
-            register_module_parameter_registration_hook(cls._add)
-            cls._counting = True
 
-    @classmethod
-    def _add(cls, *_: object) -> None:
-        cls.count += 1
+_watched: WeakKeyDictionary[nn.Module, WeakSet[_Changes]] = WeakKeyDictionary()
+
+
+@cache
+def _watch() -> None:
+    register_module_module_registration_hook(_registered)
+    register_module_parameter_registration_hook(_registered)
+
+
+def _registered(module: nn.Module, *_: object) -> None:
+    for changes in _watched.get(module, ()):
+        changes.count += 1

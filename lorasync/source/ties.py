@@ -42,7 +42,7 @@ def tied_to(base: nn.Module, slots: list[Slot]) -> dict[str, str]:
     """Map each name that the checkpoint does not store to the one that stands for it."""
     patterns = _declared(base)
     tied = {}
-    for group in _groups(slots):
+    for group in sharing(slots):
         dropped = _duplicates(group, patterns)
         kept = next(slot.name for slot in group if slot.name not in dropped)
         tied.update(dict.fromkeys(dropped, kept))
@@ -51,17 +51,20 @@ def tied_to(base: nn.Module, slots: list[Slot]) -> dict[str, str]:
 
 def conflicts(base: nn.Module, slots: list[Slot]) -> list[Mismatch]:
     """List the ties that a merge would break, by their structure alone; nothing is gathered."""
-    broken = [m for group in _groups(slots) for m in _disagreements(group, _alike)]
+    broken = [m for group in sharing(slots) for m in _disagreements(group, _alike)]
     return broken + _severed(base, {slot.name: slot for slot in slots})
 
 
-def check_updates(slots: list[Slot]) -> None:
+def check_updates(groups: list[list[Slot]]) -> None:
     """Compare the values of the updates on both sides of every tie; collective where parameters are sharded.
+
+    Args:
+        groups: As `sharing` finds them.
 
     Raises:
         MismatchError: Both sides are adapted, with different factors.
     """
-    _raise([m for group in _groups(slots) for m in _disagreements(group, _same_values)])
+    _raise([m for group in groups for m in _disagreements(group, _same_values)])
 
 
 def _raise(broken: list[Mismatch]) -> None:
@@ -69,8 +72,8 @@ def _raise(broken: list[Mismatch]) -> None:
         raise MismatchError("Tied weights would be served with different values.", broken)
 
 
-def _groups(slots: list[Slot]) -> list[list[Slot]]:
-    """The slots that share a base parameter, where there are several."""
+def sharing(slots: list[Slot]) -> list[list[Slot]]:
+    """List the slots that share a base parameter, where there are several."""
     by_base: defaultdict[int, list[Slot]] = defaultdict(list)
     for slot in slots:
         by_base[id(slot.held)].append(slot)

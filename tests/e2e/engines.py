@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+ADAPTER_SLOTS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 PROMPTS = ("The capital of France is", "One, two, three,", "Water is made of")
 Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
 
@@ -41,6 +42,19 @@ def running_llm(
 
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def async_llm(path: str, **settings: Any) -> Any:
+    """An `AsyncLLM` on the CPU, made inside of the running loop that it will be driven by; `shutdown` ends it."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=path, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
+        weight_transfer_config={"backend": "lorasync"}, **settings,
+    )  # fmt: skip
+    return AsyncLLM.from_engine_args(arguments)
 
 
 def greedy(llm: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = 8, **request: Any) -> Answers:

@@ -259,9 +259,11 @@ def may_mount(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def full(folder: Path, *, size: str) -> Iterator[None]:
-    """A real small file system over the folder."""
+    """A real small file system over the folder; what is left in it would go with it unseen."""
     assert os.system(f"mount -t tmpfs -o size={size},mode=0700 tmpfs {folder}") == 0
     try:
         yield
     finally:
+        left = [path.name for path in folder.iterdir()]
         assert os.system(f"umount {folder}") == 0
+        assert not left, f"left in shared memory: {left}"

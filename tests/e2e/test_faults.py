@@ -73,9 +73,10 @@ from tests.e2e.faults import (
     worker_of,
 )
 from tests.e2e.ranks import run_two
-from tests.e2e.test_push_factors import tiny
+from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(200)
+MIDDLE_BUCKET = 3
 STRATEGIES = ("merged", "factors", "adapter")
 KEPT, CLOSED, RESTART = "K", "Q", "R"
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 4}
@@ -113,7 +114,7 @@ class Bench:
             self.wire if wire is None else wire,
             self.apply(),
             timeout=60,
-            bucket_bytes=1 << 20,
+            bucket_bytes=1 << (20 if self.strategy == "merged" else 15),  # more than three buckets
         )
 
     def push(self, seed: int) -> None:
@@ -247,13 +248,8 @@ def _other_version_expected(info: dict[str, Any]) -> None:
         info["expected"] -= 1
 
 
-def _n_of_bucket(bench: Bench) -> int:
-    """Factors fit into one bucket; a merged push is hit in its third."""
-    return 3 if bench.strategy == "merged" else 1
-
-
 def _payload(bench: Bench, change: Callable[[bytes], bytes]) -> Any:
-    return _on_wire(bench, on_bucket=payload_change(change, bucket=_n_of_bucket(bench)))
+    return _on_wire(bench, on_bucket=payload_change(change, bucket=MIDDLE_BUCKET))
 
 
 def _flipped(data: bytes) -> bytes:
@@ -309,12 +305,12 @@ def _merged_in_place(bench: Bench) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_shared_memory(bench: Bench) -> Iterator[None]:
-    """A real file system of 64 KB over the connection's folder, or else what a full one does at the first call."""
+    """A real file system of 16 KB over the connection's folder, or else what a full one does at the first call."""
     folder = bench.wire.folder
     with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as stack:
         patched.setattr("lorasync.push.payload.INLINE_LIMIT", 0)
         if may_mount(bench.tmp):
-            stack.enter_context(full(folder, size="64k"))
+            stack.enter_context(full(folder, size="16k"))
         else:
             patched.setattr(os, "posix_fallocate", _no_space)
         yield
@@ -329,7 +325,7 @@ def _out_of_memory_in_a_worker(bench: Bench) -> Iterator[None]:
     with (
         pytest.MonkeyPatch.context() as patched,
         no_more_memory(worker_of(bench.wire.llm)) as take,
-        _on_wire(bench, on_bucket=nth_bucket(lambda info, folder: take(), bucket=_n_of_bucket(bench))),
+        _on_wire(bench, on_bucket=nth_bucket(lambda info, folder: take(), bucket=MIDDLE_BUCKET)),
     ):
         patched.setattr("lorasync.push.payload.INLINE_LIMIT", 0)
         yield
@@ -458,13 +454,13 @@ ROWS = (
         lambda b: _payload(b, lambda d: b"\xff" * 8 + d[8:]), MIDDLE),
     Row("the payload is a pickle", PayloadError, "safetensors", _pickled, MIDDLE),
     Row("the payload names a file outside of its folder", PayloadError, "file name",
-        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), path="../../etc/passwd")), MIDDLE),
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, path="../../etc/passwd")), MIDDLE),
     Row("the payload's file is gone", PayloadError, "safetensors",
-        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), path="gone.safetensors")), MIDDLE),
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, path="gone.safetensors")), MIDDLE),
     Row("a payload without its digest", PayloadError, "digest",
-        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), digest="")), MIDDLE),
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, digest="")), MIDDLE),
     Row("a message of another type", SyncError, "expected",
-        lambda b: _on_wire(b, on_bucket=field_change(bucket=_n_of_bucket(b), version="1")), MIDDLE),
+        lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, version="1")), MIDDLE),
     Row("shared memory is full", SyncError, r"shared memory is full.*bucket_bytes", _full_shared_memory, NOWHERE),
     Row("a user's own adapter has the id of the next version", SyncError, r"lora_int_id.*Remove it", _id_is_taken,
         {"adapter": KEPT}),

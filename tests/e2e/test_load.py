@@ -14,9 +14,8 @@ import lorasync as ls
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
 from lorasync.wire import ADAPTER_IDS
 from tests import models
-from tests.e2e.engines import PROMPTS
-from tests.e2e.test_push_async import _engine
-from tests.e2e.test_push_factors import tiny
+from tests.e2e.engines import ADAPTER_SLOTS, PROMPTS, async_llm
+from tests.models import tiny
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 PUSHES, USERS, TOKENS = 100, 4, 12
@@ -95,7 +94,7 @@ class _Session:
 
 
 async def _session(base: str, strategy: str, pause: Any) -> list[Answer]:
-    engine = _engine(base, adapters=strategy == "adapter")
+    engine = async_llm(base, **(ADAPTER_SLOTS if strategy == "adapter" else {}))
     policy, stop, seeds = tiny(base), asyncio.Event(), {}
     source = ls.MergedSource(policy) if strategy == "merged" else ls.FactorSource(policy)
     try:

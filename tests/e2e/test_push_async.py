@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
@@ -11,8 +10,8 @@ import lorasync as ls
 from lorasync.errors import SyncError
 from lorasync.push import MergeInWorker, ServeAdapter, connect
 from tests import models
-from tests.e2e.engines import PROMPTS, greedy, running_llm
-from tests.e2e.test_push_factors import tiny
+from tests.e2e.engines import ADAPTER_SLOTS, PROMPTS, async_llm, greedy, running_llm
+from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(400)
 PUSHES = 6
@@ -33,19 +32,6 @@ def expected(base) -> dict[int, list[tuple[int, ...]]]:
     return answers
 
 
-def _engine(base: str, *, adapters: bool, **lora):
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    slots = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, **lora} if adapters else {}
-    arguments = AsyncEngineArgs(
-        model=base, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
-        weight_transfer_config={"backend": "lorasync"}, **slots,
-    )  # fmt: skip
-    return AsyncLLM.from_engine_args(arguments)
-
-
 @pytest.mark.parametrize("strategy", ["merged", "factors", "adapter"])
 def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expected, strategy):
     reports, finished = asyncio.run(_session(base, expected, strategy))
@@ -58,7 +44,7 @@ def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expecte
 async def _session(base: str, expected, strategy: str):
     from vllm import SamplingParams
 
-    engine = _engine(base, adapters=strategy == "adapter")
+    engine = async_llm(base, **(ADAPTER_SLOTS if strategy == "adapter" else {}))
     stop, finished, names = asyncio.Event(), 0, iter(range(10**6))
 
     async def ask(prompt: str, tokens: int, **request) -> tuple[int, ...]:
@@ -108,7 +94,7 @@ def test_an_adapter_stays_until_the_requests_that_name_it_are_done(base):
 async def _outlived(base: str) -> None:
     from vllm import SamplingParams
 
-    engine = _engine(base, adapters=True, max_cpu_loras=3)
+    engine = async_llm(base, **ADAPTER_SLOTS, max_cpu_loras=3)
 
     async def ask(name: str, tokens: int, **request) -> tuple[int, ...]:
         wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

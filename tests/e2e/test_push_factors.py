@@ -18,14 +18,9 @@ from tests.e2e.engines import Answers, greedy, running_llm
 from tests.e2e.faults import from_the_middle, raising
 from tests.e2e.oracle import merged_checkpoint
 from tests.e2e.read_back import EXTENSION, served_weights
+from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(420)
-
-
-def tiny(path: str, dtype: torch.dtype = torch.float32, **adapter):
-    from transformers import AutoModelForCausalLM
-
-    return models.with_adapter(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), **adapter)
 
 
 class Served(NamedTuple):

@@ -257,3 +257,14 @@ def test_bitsandbytes_dequantizes_to_the_same_bits() -> None:
             a, b = factors(512, 1024, 16, BF16)
             merge_job(MergeJob(out, base, a, torch.zeros_like(b), scaling=1.0))
             assert torch.equal(out, want)
+
+
+def test_a_checksum_on_the_gpu_is_the_one_of_torch() -> None:
+    from lorasync.kernels.checksum import Checksum, _in_torch
+
+    sizes = (1, 7, 8, 9, 65536, 65537, 200_003, 5_000_000)
+    tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda") for size in sizes]
+    sums = Checksum(tensors)
+    assert sums.now() == f"{_in_torch(tensors) & (1 << 64) - 1:016x}"
+    tensors[3][8] ^= 1
+    assert sums.now() == f"{_in_torch(tensors) & (1 << 64) - 1:016x}"

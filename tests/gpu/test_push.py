@@ -111,7 +111,7 @@ def a_policy(checkpoint: str, *, quantized: bool = False, scale: float = 0.05) -
     from transformers import AutoModelForCausalLM
 
     base = (
-        load_quantized(checkpoint, NF4, progress=False)
+        load_quantized(checkpoint, NF4, device="cuda", progress=False)  # the tests' own default is the CPU
         if quantized
         else AutoModelForCausalLM.from_pretrained(checkpoint, dtype=BF16).cuda()
     )
@@ -148,8 +148,14 @@ def load(llm: Any, checkpoint: str) -> None:
     """Vllm's own loader, into the running engine: what a push is compared with."""
     weights = load_file(Path(checkpoint) / "model.safetensors")
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    renamed = {re.sub(r"_proj\.weight$", "_proj.base_layer.weight", n): t.cuda() for n, t in weights.items()}
-    model.load_weights(iter(renamed.items()))
+    wrapped = {name.removesuffix(".base_layer.weight") for name, _ in model.named_parameters()}
+    renamed = {
+        re.sub(r"\.weight$", ".base_layer.weight", n)
+        if "_proj." in n or n.removesuffix(".weight") in wrapped
+        else n: t
+        for n, t in weights.items()
+    }
+    model.load_weights(iter((n, t.cuda()) for n, t in renamed.items()))
     llm.reset_prefix_cache()
 
 
@@ -217,11 +223,47 @@ def test_another_process_on_the_same_gpu(checkpoint: str, tmp_path: Path, settin
         for strategy in ("factors-device", "merged") if not settings else ("merged",):
             source, apply = STRATEGIES[strategy](policy)
             with connect(source, llm, apply) as sync:
-                for _ in range(3):
+                for step in (1, 2, 0):  # the last one is what the fresh engine holds
+                    models.move(policy, seed=step, scale=0.05)
                     report = sync.send_weights()
                 assert (report.ranks, len(report.digest) > 0) == (1, True)
                 assert alike(first_tokens(llm), fresh, within=0.03 if not settings else 0.3)
                 assert not alike(first_tokens(llm), before, within=0.3)
+
+
+def test_another_process_reads_a_4_bit_policy_where_it_lies(checkpoint: str, tmp_path: Path) -> None:
+    policy = a_policy(checkpoint, quantized=True)
+    with running(merged_checkpoint(policy, tmp_path / "merged"), in_process=False) as llm:
+        fresh = first_tokens(llm)
+    with running(checkpoint, in_process=False) as llm:
+        digests = []
+        for strategy in ("factors-nf4", "merged"):
+            source, apply = STRATEGIES[strategy](policy)
+            with connect(source, llm, apply) as sync:
+                for step in (1, 2, 0):
+                    models.move(policy, seed=step, scale=0.05)
+                    sync.send_weights()
+                digests.append(sync.digests())
+            assert alike(first_tokens(llm), fresh)
+        assert digests[0] == digests[1], digests
+
+
+def test_a_merge_that_cannot_be_lent_is_copied(checkpoint: str, tmp_path: Path) -> None:
+    """Factors that are no contiguous memory go through the buffer; so does everything in another form."""
+    policy = a_policy(checkpoint)
+    with running(merged_checkpoint(policy, tmp_path / "merged"), in_process=False) as llm:
+        fresh = first_tokens(llm)
+    for name, param in policy.named_parameters():
+        if "up_proj.lora_A" in name:
+            param.data = param.data.T.contiguous().T
+    with running(checkpoint, in_process=False) as llm:
+        for strategy in ("factors-device", "merged"):
+            source, apply = STRATEGIES[strategy](policy)
+            with connect(source, llm, apply, bucket_bytes=100_000) as sync:
+                for step in (1, 0):
+                    models.move(policy, seed=step, scale=0.05)
+                    sync.send_weights()
+                assert alike(first_tokens(llm), fresh)
 
 
 def test_weights_survive_sleep_and_come_back_by_a_push(checkpoint: str, tmp_path: Path) -> None:
@@ -237,3 +279,35 @@ def test_weights_survive_sleep_and_come_back_by_a_push(checkpoint: str, tmp_path
         llm.wake_up()
         sync.send_weights()
         assert first_tokens(llm) == pushed
+
+
+@pytest.mark.parametrize("strategy", ["merged", "factors-device", "adapter"])
+def test_a_thousand_pushes_take_no_gpu_memory(engine: Any, checkpoint: str, strategy: str) -> None:
+    """Trainer and worker share the process here, so torch counts for both."""
+    policy = a_policy(checkpoint)
+    load(engine, checkpoint)
+    every = {**STRATEGIES, "adapter": lambda p: (ls.FactorSource(p), ServeAdapter("policy"))}
+    source, apply = every[strategy](policy)
+    with connect(source, engine, apply) as sync:
+        seen = []
+        for push in range(1000):
+            sync.send_weights()
+            if push % 100 == 99:
+                torch.cuda.synchronize()
+                seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(seen[1:])) == 1, seen
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "nf4"])
+def test_both_strategies_leave_the_same_weights(engine: Any, checkpoint: str, quantized: bool) -> None:
+    policy = a_policy(checkpoint, quantized=quantized)
+    load(engine, checkpoint)
+    left = {}
+    for strategy in ("factors-nf4" if quantized else "factors-device", "merged"):
+        source, apply = STRATEGIES[strategy](policy)
+        with connect(source, engine, apply) as sync:
+            sync.send_weights()
+        left[strategy] = served(engine)
+    one, other = left.values()
+    differ = {name: int((one[name] != other[name]).sum()) for name in one}
+    assert not any(differ.values()), {name: n for name, n in differ.items() if n}

@@ -1,0 +1,86 @@
+"""What goes straight into slices of the live weights: copies, and merges by one grouped launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasync.kernels import GroupedMerge, PendingMerge
+from lorasync.lent import Recurring
+from lorasync.receive.base import Rectangle, is_rectangle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasync.kernels import MergeJob
+    from lorasync.receive.live import LiveModel
+    from lorasync.receive.plan import Row
+
+
+@dataclass
+class Direct:
+    """One bucket, sorted: what can be written at once, and what its writer has to look at one by one."""
+
+    targets: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    jobs: list[MergeJob] = field(default_factory=list)
+    params: set[str] = field(default_factory=set)
+    others: dict[str, torch.Tensor | PendingMerge] = field(default_factory=dict)
+    _merge: GroupedMerge | None = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy and merge with what the sources hold now."""
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.sources, non_blocking=True)
+        if self.jobs:
+            self._merge = self._merge or GroupedMerge(self.jobs)
+            self._merge.run()
+
+
+class DirectWrites:
+    """Sorts buckets; one that comes again is sorted, and its merges are planned, only once."""
+
+    def __init__(self, live: LiveModel) -> None:
+        self._live = live
+        self._last: tuple[object, Direct] = (None, Direct())
+
+    def of(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> Direct:
+        """The bucket, sorted."""
+        if tensors is self._last[0]:
+            return self._last[1]
+        found = self._sorted(tensors)
+        if isinstance(tensors, Recurring):
+            self._last = tensors, found
+        return found
+
+    def _sorted(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> Direct:
+        found = Direct()
+        for name, item in tensors.items():
+            rows = self._live.plan.rows_of(name)
+            if self._live.indirect_params_fed_by(name) or not self._is_plain(rows, item):
+                found.others[name] = item
+                continue
+            found.params |= {row.param for row in rows}
+            for row in rows:
+                if isinstance(item, PendingMerge):
+                    found.jobs.append(_job(self._live, row, item))
+                else:
+                    found.targets.append(self._live.live_slice(row.param, row.target))
+                    found.sources.append(row.source.view(item))
+        return found
+
+    def _is_plain(self, rows: tuple[Row, ...], item: torch.Tensor | PendingMerge) -> bool:
+        if not rows or any(row.param not in self._live.direct for row in rows):
+            return False
+        if isinstance(item, PendingMerge):
+            return item.lora_a.is_cuda and all(map(is_rectangle, rows))
+        return item.is_contiguous()
+
+
+def _job(live: LiveModel, row: Row, merge: PendingMerge) -> MergeJob:
+    """The part of a merge that a row of the load plan puts into the live weights."""
+    part = Rectangle.of(row, merge.shape[1])
+    return merge.job(live.live_slice(row.param, row.target), rows=part.rows, cols=part.cols, name=row.name)

@@ -1,0 +1,120 @@
+"""The trainer's side: what workers on the same GPU may read, and how they find it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasync.kernels import PendingMerge, RepeatedMerge
+from lorasync.kernels.checksum import Checksum
+from lorasync.lent import Item, Lent, made
+from lorasync.same_gpu.handle import Handle, handles_as_text
+from lorasync.same_gpu.items import Parts, Storages, as_text, is_lendable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_ALIGN = 256
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What a worker needs to read a bucket: handles of storages, what lies where in them, and checksums."""
+
+    handles: str
+    layout: str
+    digest: str
+
+
+class Lender:
+    """Shows one bucket after another to the workers on its GPU.
+
+    What a source lends is read where it lies in the trainer's model. What it had to make is put into a buffer, which
+    the next bucket uses again. Handles and layouts are kept for as long as the same things lie in the same places.
+    """
+
+    def __init__(self, export: Callable[[torch.Tensor], Handle] = Handle.of) -> None:
+        self._export = export
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pages: dict[str, _Page] = {}  # by the bucket's first name
+
+    def put(self, bucket: Lent | dict[str, torch.Tensor]) -> Letter:
+        """Make a bucket readable, and say how to read it; it is all there when this returns."""
+        items: Mapping[str, Item] = bucket.items if isinstance(bucket, Lent) else bucket
+        first = next(iter(items))
+        page = self._pages.get(first)
+        if page is None or not page.is_of(bucket):
+            copied = [name for name, item in items.items() if not is_lendable(item)]
+            self._make_room([items[name] for name in copied])
+            places = _places(self._buffer, {name: items[name] for name in copied})
+            page = self._pages[first] = _Page(bucket, items, places, self._export)
+        return page.written(items)
+
+    def _make_room(self, copied: list[Item]) -> None:
+        size = sum(_padded(item.nbytes) for item in copied)
+        if size and (self._buffer.device != copied[0].device or self._buffer.numel() < size):
+            self._buffer = torch.zeros(size, dtype=torch.uint8, device=copied[0].device)
+            self._pages = {}
+
+
+class _Page:
+    """How one bucket is read; kept, as the same bucket comes with each push."""
+
+    def __init__(
+        self,
+        bucket: Lent | dict[str, torch.Tensor],
+        items: Mapping[str, Item],
+        places: dict[str, torch.Tensor],
+        export: Callable[[torch.Tensor], Handle],
+    ) -> None:
+        self._of = bucket if isinstance(bucket, Lent) else _layout(bucket)
+        self._places = places
+        shown: dict[str, Item] = {**items, **places}
+        storages, parts = Storages(), Parts.of(shown)
+        self._layout = as_text(shown, storages)
+        self._handles = handles_as_text([export(tensor) for tensor in storages.tensors])
+        self._fresh, self._frozen = Checksum(parts.fresh), Checksum(parts.frozen)
+        self._frozen_parts = parts.frozen
+        self._frozen_sum: tuple[list[int], str] = ([], "")
+        self._merge = RepeatedMerge()
+
+    def is_of(self, bucket: Lent | dict[str, torch.Tensor]) -> bool:
+        """Whether this bucket is read in the same way: what is lent is the same object, or the layout is the same."""
+        return self._of is bucket if isinstance(bucket, Lent) else self._of == _layout(bucket)
+
+    @torch.no_grad()
+    def written(self, items: Mapping[str, Item]) -> Letter:
+        """Copy and merge what is not lent into its place, and sum up all that will be read."""
+        copied = {name: items[name] for name in self._places}
+        merges = {name: item for name, item in copied.items() if isinstance(item, PendingMerge)}
+        copies = {name: made(item) for name, item in copied.items() if name not in merges}
+        if copies:
+            torch._foreach_copy_([self._places[name] for name in copies], list(copies.values()))
+        if merges:
+            self._merge.run(merges, lambda: [m.whole_job(self._places[n], name=n) for n, m in merges.items()])
+        return Letter(self._handles, self._layout, self._sum_of_frozen() + self._fresh.now())
+
+    def _sum_of_frozen(self) -> str:
+        """Computed again only if torch counts a write to one of them."""
+        versions = [tensor._version for tensor in self._frozen_parts]
+        if not self._frozen_sum[1] or self._frozen_sum[0] != versions:
+            self._frozen_sum = versions, self._frozen.now()
+        return self._frozen_sum[1]
+
+
+def _layout(bucket: dict[str, torch.Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket.items()]
+
+
+def _places(buffer: torch.Tensor, copied: Mapping[str, Item]) -> dict[str, torch.Tensor]:
+    places, at = {}, 0
+    for name, item in copied.items():
+        places[name] = buffer[at : at + item.nbytes].view(item.dtype).view(item.shape)
+        at += _padded(item.nbytes)
+    return places
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
