@@ -42,6 +42,7 @@ ControlOp = Literal["hello", "stage", "commit", "rollback", "status", "digest", 
 UpdateOp = Literal["bucket", "base", "abort"]
 _FOLDER_PREFIX = "lorasync-"
 _OWNER = "owner"
+_OUTDATED = "outdated"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -394,6 +395,14 @@ class Mailbox:
             found[int(path.stem.split("-")[1])] = json.loads(path.read_text())
             path.unlink()
         return found
+
+    def outdate(self) -> None:
+        """Leave word for this trainer that another one's versions are served; it is read without asking the engine."""
+        (self.folder / _OUTDATED).touch()
+
+    @property
+    def outdated(self) -> bool:
+        return (self.folder / _OUTDATED).exists()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -64,6 +64,15 @@ class Replicas:
         return next((session.closed for session in self.sessions if session.closed), "")
 
     @property
+    def outdated(self) -> bool:
+        """Whether none of them serves what was pushed here: of several the others go on."""
+        return all(session.outdated for session in self.sessions)
+
+    @property
+    def hold_adapter(self) -> bool:
+        return all(session.holds_adapter for session in self.sessions)
+
+    @property
     def version(self) -> int:
         """The newest that any of them serves."""
         return max(session.version for session in self.sessions)

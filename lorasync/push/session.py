@@ -31,6 +31,7 @@ class EngineSession:
         closed: why it must not generate; empty if it may.
         gpu: the GPU that all its workers are on; empty if there is no such one.
         capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
+        holds_adapter: whether requests can name an adapter of the version.
     """
 
     def __init__(self, target: Target, *, name: str, timeout: float) -> None:
@@ -38,6 +39,7 @@ class EngineSession:
         self.target = target
         self.ranks = self.version = self.capacity = 0
         self.closed = self.gpu = ""
+        self.holds_adapter = False
         self._timeout = timeout
         self._token = secrets.token_hex(8)
         self._calls = 0
@@ -48,6 +50,11 @@ class EngineSession:
     def folder(self) -> Mailbox | None:
         """Where payloads for the engine are put; None if it is in this process and needs none."""
         return None if self.target.in_process else self._mailbox
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another trainer's versions are served; workers on another host can't leave word of it."""
+        return self._mailbox.outdated
 
     # ------------------------------------------------------------------------------------ what is asked
 
@@ -66,6 +73,7 @@ class EngineSession:
         gpus = {str(r.get("gpu", "")) for r in replies.values()}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
         self.capacity = min((int(r.get("capacity", 0)) for r in replies.values()), default=0)
+        self.holds_adapter = bool(replies) and all(r.get("held", False) for r in replies.values())
         self._learn(replies)
 
     def send(self, payload: Payload, version: int, *, op: Literal["bucket", "base"], beside: bool) -> float:

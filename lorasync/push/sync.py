@@ -148,6 +148,7 @@ class Sync:
                 self._engines = Replicas(named_targets(target), timeout=timeout, pause=pause)
                 self._engines.hello(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
                 self._check_room()
+        self._names_adapter = self._engines is not None and self._engines.hold_adapter
         found = self._engines.version if self._engines else 0
         self.version = self._newest = largest_of_all_ranks(found)  # only the sender has asked the engines
         with agreed_by_all_ranks():
@@ -185,6 +186,7 @@ class Sync:
                 if self._measure_survival:
                     report = _with_survival(report, self.source)
             self.version = self._newest = report.version  # not before all ranks have agreed that it went well
+            self._names_adapter = True
             return report
         finally:
             self._busy.release()
@@ -220,14 +222,23 @@ class Sync:
 
         Raises:
             EngineClosedError: if a push died half-way and none has completed since.
-            SyncError: if an adapter is asked for before the first push.
+            SyncError: if another trainer has pushed meanwhile; or if an adapter is asked for before the first push or
+                after `shutdown`. A request that names an adapter which is gone would end the whole engine.
         """
         if self.closed:
             raise EngineClosedError(self.closed)
+        if self._engines and self._engines.outdated:
+            raise SyncError(
+                f"request: another trainer has taken the engine over, expected it to serve version {self.version} of "
+                "this one. connect() again."
+            )
         if not isinstance(self.apply, ServeAdapter):
             return {}
-        if self.version == 0:
-            raise SyncError("request: nothing was pushed yet, expected a version. Call send_weights() first.")
+        if not self._names_adapter:
+            raise SyncError(
+                "request: got no adapter of this connection in the engine, expected one. Call send_weights() first "
+                "(after shutdown(): connect() again)."
+            )
         from vllm.lora.request import LoRARequest
 
         name = f"{self.apply.name}@{self.version}"
@@ -268,6 +279,7 @@ class Sync:
         if self._engines is not None:
             self._engines.goodbye()
             self._engines = None
+        self._names_adapter = False
 
     def __enter__(self) -> Sync:
         return self
@@ -285,9 +297,7 @@ class Sync:
             if self.apply is None:
                 stop.begin()  # merged weights are live as they come
                 engines.each(lambda session: session.start())
-            self._transfer(engines, version, totals)
-            if isinstance(self.apply, MergeInWorker):
-                stop.begin()  # factors were staged beside what is served until now
+            self._transfer(engines, version, totals, stop)
             committing = time.perf_counter()
             blocked = engines.commit(version)
             totals.apply += time.perf_counter() - committing
@@ -300,7 +310,7 @@ class Sync:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
-    def _transfer(self, engines: Replicas, version: int, totals: Totals) -> None:
+    def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: _Stop) -> None:
         lent, stream = self._read(engines, totals)
         beside = self.apply is not None
         try:
@@ -311,6 +321,8 @@ class Sync:
                 totals.add(bucket, digest, applying, time.perf_counter() - sending)
             if self._leaves_weights:
                 engines.each(lambda session: session.wait_for_room())
+            if isinstance(self.apply, MergeInWorker):
+                stop.begin()  # factors were staged beside what is served until now
             if not beside:
                 engines.each(lambda session: session.finish())
         except BaseException as error:

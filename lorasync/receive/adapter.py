@@ -49,10 +49,12 @@ class AdapterApplier:
             self._check_base(parsed(samples_from_json, wanted, "samples"))
         self._staging = Staging(manifest, torch.device("cpu"))
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
-        self._current = self._previous = -1
+        self._previous = -1
+        self._current = engine.version if engine.version in self._ours() else -1
 
     def describe(self) -> dict[str, Any]:
-        return {"modules": len(self._spec.modules), "capacity": int(self._manager.capacity)}
+        held = self._current > 0
+        return {"modules": len(self._spec.modules), "capacity": int(self._manager.capacity), "held": held}
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._staging.add(tensors)

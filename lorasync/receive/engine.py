@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync import __version__
 from lorasync.errors import (
+    EngineClosedError,
     LorasyncError,
     Mismatch,
     MismatchError,
@@ -119,7 +120,10 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._abort(before)  # of a trainer that died, or was not told that another one took over
         self._applier = self._applier_for(control)
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
-            before.close(control.in_flight)
+            stays = () if self._applier.changes_weights else (self.version,)  # until the next push
+            if not stays and not before.changes_weights:
+                self._outdate_others(control.session)
+            before.close((*control.in_flight, *stays))
             self._gpu.close()
         self._session = control.session
         # Trainers that were taken over from may still call: each is answered in its own mailbox while that exists.
@@ -185,7 +189,11 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
                 f"version: the engine serves {self.version}, expected {control.expected}: somebody else has pushed "
                 f"meanwhile. Version {control.version} was not applied. connect() again to go on from what is served."
             )
+        if self.closed and not applier.changes_weights:
+            self._abort(applier)
+            raise EngineClosedError(self.closed)
         try:
+            self._outdate_others(control.session)
             found = applier.commit(control.version, control.in_flight)
             if not self._here:
                 vllm_parts.wait_for(self.device)  # what fails on a GPU fails here, not in the first request
@@ -205,10 +213,18 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _goodbye(self, control: Control) -> dict[str, Any]:
         if control.session == self._session and self._applier is not None:
+            if not self._applier.changes_weights:
+                self._outdate_others(control.session)
             self._applier.close(control.in_flight)
             self._applier = None
             self._gpu.close()
         return {}
+
+    def _outdate_others(self, session: str) -> None:
+        """Before what earlier trainers have pushed goes: VLLM ends the whole engine when a request names a lost adapter."""
+        for name, box in self._mailboxes.items():
+            if name != session and box.folder.exists():
+                box.outdate()
 
     def _digest(self) -> dict[str, Any]:
         """Over the live parameters, in the names and the order that vLLM gives them.

@@ -87,7 +87,7 @@ def main(address: str, base: str) -> None:
     from lorasync.push import connect
     from tests import models
     from tests.e2e.faults import from_the_middle
-    from tests.e2e.test_push_factors import tiny
+    from tests.models import tiny
 
     def die(name: str, tensor: Any) -> list[Any]:
         os.kill(os.getpid(), signal.SIGKILL)

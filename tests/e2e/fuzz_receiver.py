@@ -180,7 +180,7 @@ def _gist(text: str) -> str:
 
 
 def main(strategy: str, first: int, count: int, base: str, out: Path) -> None:
-    from tests.e2e.test_push_factors import tiny
+    from tests.models import tiny
 
     policy = tiny(base, r=2, target_modules=["q_proj", "v_proj"])
     factors = strategy == "factors"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import lorasync as ls
-from lorasync.errors import MismatchError, SyncError, UnmergeableError
+from lorasync.errors import EngineClosedError, MismatchError, SyncError, UnmergeableError
 from lorasync.push import ServeAdapter, connect
 from tests import models
 from tests.e2e.engines import greedy, running_llm
-from tests.e2e.faults import children_of, shared_memory
-from tests.e2e.test_push_factors import tiny
+from tests.e2e.faults import children_of, from_the_middle, raising, shared_memory
+from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -67,6 +67,46 @@ def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, 
 def test_what_slots_cannot_hold_is_refused_with_what_works(slots, base, adapter, error, message):
     with pytest.raises(error, match=message):
         connect(ls.FactorSource(tiny(base, **adapter)), slots, ServeAdapter("policy"))
+
+
+def test_requests_of_a_trainer_that_another_has_taken_over_never_name_an_adapter_that_is_gone(slots, base):
+    """VLLM ends the whole engine when a request names an adapter that it does not have."""
+    policy = tiny(base)
+    first = connect(ls.FactorSource(policy), slots, ServeAdapter("policy"))
+    first.send_weights()
+    answers = greedy(slots, **first.request())
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("other")) as second:
+        assert greedy(slots, **first.request()) == greedy(slots, **second.request()) == answers
+        models.move(policy, seed=5)
+        second.send_weights()
+        with pytest.raises(SyncError, match=r"another trainer has taken the engine over.*connect\(\) again"):
+            first.request()
+        assert greedy(slots, **second.request()) != answers
+    first.shutdown()
+    for gone in (first, second):
+        with pytest.raises(SyncError, match=r"no adapter.*connect\(\) again"):
+            gone.request()
+    assert not _adapters(slots)
+
+
+@pytest.mark.parametrize("takes_over", ["merged", "says goodbye"])
+def test_requests_for_an_adapter_end_with_it(slots, base, takes_over):
+    policy = tiny(base)
+    first = connect(ls.FactorSource(policy), slots, ServeAdapter("policy"))
+    first.send_weights()
+    source = ls.MergedSource(policy) if takes_over == "merged" else ls.FactorSource(policy)
+    apply = None if takes_over == "merged" else ServeAdapter("other")
+    with connect(source, slots, apply):
+        pass
+    assert not _adapters(slots)
+    with pytest.raises(SyncError, match=r"another trainer has taken the engine over"):
+        first.request()
+    with (
+        connect(ls.FactorSource(policy), slots, ServeAdapter("policy")) as last,
+        pytest.raises(SyncError, match=r"send_weights\(\) first"),
+    ):
+        last.request()
+    first.shutdown()
 
 
 def test_two_versions_in_one_batch_keep_apart(slots, base):
@@ -136,3 +176,21 @@ def _resident(llm: Any) -> int:
         }
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes)
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_adapter_does_not_open_an_engine_that_a_merged_push_left_torn(slots, base):
+    policy = tiny(base)
+    broken = from_the_middle(ls.MergedSource(policy), raising(RuntimeError("half-way")))
+    with connect(broken, slots, bucket_bytes=1000) as merged, pytest.raises(RuntimeError, match="half-way"):
+        merged.send_weights()
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("policy", other_base=True)) as sync:
+        with pytest.raises(EngineClosedError, match="died half-way"):
+            sync.send_weights()
+        with pytest.raises(EngineClosedError, match="died half-way"):
+            sync.request()
+    with connect(ls.MergedSource(tiny(base, scale=0.0)), slots) as whole:
+        whole.send_weights()
+        assert not whole.closed
+    with connect(ls.FactorSource(policy), slots, ServeAdapter("policy", other_base=True)) as sync:
+        sync.send_weights()
+        assert greedy(slots, **sync.request()) != greedy(slots)

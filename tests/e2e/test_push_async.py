@@ -134,3 +134,44 @@ async def _outlived(base: str) -> None:
         assert not await engine.list_loras()
     finally:
         engine.shutdown()
+
+
+def test_connecting_again_under_load_ends_no_request_and_no_engine(base):
+    asyncio.run(_connected_again(base))
+
+
+async def _connected_again(base: str) -> None:
+    from vllm import SamplingParams
+
+    engine = async_llm(base, **ADAPTER_SLOTS, max_cpu_loras=4)
+    policy, stop, names = tiny(base), asyncio.Event(), iter(range(10**6))
+
+    async def load() -> None:
+        wanted = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        while not stop.is_set():
+            async for output in engine.generate("Once upon", wanted, f"r{next(names)}", **sync.request()):
+                last = output
+            assert last.finished
+
+    try:
+        sync = await asyncio.to_thread(
+            connect, ls.FactorSource(policy), engine, ServeAdapter("p"), timeout=120
+        )
+        await sync.send_weights_async()
+        users = [asyncio.create_task(load()) for _ in range(3)]
+        for _ in range(3):
+            old = sync
+            sync = await asyncio.to_thread(
+                connect, ls.FactorSource(policy), engine, ServeAdapter("p"), timeout=120
+            )
+            assert old.request()["lora_request"].lora_int_id == sync.request()["lora_request"].lora_int_id
+            await sync.send_weights_async()
+            await asyncio.sleep(0.2)
+            with pytest.raises(SyncError, match="another trainer has taken the engine over"):
+                old.request()
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*users), 60)
+        await asyncio.to_thread(sync.shutdown)
+        assert not await engine.list_loras()
+    finally:
+        engine.shutdown()

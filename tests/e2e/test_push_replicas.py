@@ -14,7 +14,7 @@ from tests import models
 from tests.e2e.engines import Answers, greedy, running_llm
 from tests.e2e.faults import engine_core_of, kill
 from tests.e2e.oracle import merged_checkpoint
-from tests.e2e.test_push_factors import tiny
+from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(420)
 Pair = dict[str, Any]

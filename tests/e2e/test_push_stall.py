@@ -18,7 +18,7 @@ from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.apply import LoadApplier
 from lorasync.receive.factors import FactorApplier
 from tests.e2e.faults import from_the_middle
-from tests.e2e.test_push_factors import tiny
+from tests.models import tiny
 
 SOURCE, COMMIT = 2.0, 1.0
 """Seconds that a push takes at its two ends, far above what a busy machine adds to them."""

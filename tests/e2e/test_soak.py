@@ -19,7 +19,7 @@ from tests.e2e.engines import Answers, greedy, running_llm
 from tests.e2e.faults import engine_core_of, worker_of
 from tests.e2e.growth import Sample, growing, held_by
 from tests.e2e.oracle import merged_checkpoint
-from tests.e2e.test_push_factors import tiny
+from tests.models import tiny
 
 PUSHES, WARM_UP, EVERY = 1_000, 200, 50
 STRATEGIES: dict[str, Any] = {
