@@ -165,6 +165,33 @@ def test_no_layout_at_all_is_refused(text: str) -> None:
         from_text(text, [])
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_a_mutated_layout_is_read_or_refused(data: st.DataObject) -> None:
+    """Whatever it became: no other error, and nothing outside of the storages."""
+    storages = Storages()
+    text = as_text({"w": a_merge(bases()["nested"]), "t": torch.zeros(8)}, storages)
+    raw = [
+        torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())  # type: ignore[call-overload]
+        for t in storages.tensors
+    ]
+    at = data.draw(st.integers(0, len(text) - 1))
+    upto = data.draw(st.integers(at, min(len(text), at + 9)))
+    text = text[:at] + data.draw(st.text('0123456789.-e,:[]{}"ntuls', max_size=6)) + text[upto:]
+    try:
+        found = from_text(text, raw)
+    except PayloadError:
+        return
+    ends = [r.data_ptr() + r.numel() for r in raw]
+    parts = Parts.of(found)
+    for tensor in [*parts.frozen, *parts.fresh]:
+        inside = [
+            r.data_ptr() <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
+            for r, end in zip(raw, ends, strict=True)
+        ]
+        assert any(inside) or tensor.numel() == 0
+
+
 def test_a_handle_survives_the_wire() -> None:
     assert handles_from_text(handles_as_text([HANDLE, HANDLE])) == [HANDLE, HANDLE]
 

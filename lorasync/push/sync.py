@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 import warnings
@@ -29,6 +28,7 @@ from lorasync.push.payload import buckets
 from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.replicas import Replicas, named_targets
 from lorasync.push.report import SyncReport, Totals, timed
+from lorasync.push.stop import stoppable
 from lorasync.same_gpu import gpu_of
 from lorasync.source import FactorSource, MergedSource
 from lorasync.wire import ADAPTER_IDS, manifest_as_text
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from lorasync.lent import Lent
     from lorasync.push.payload import Bucket
+    from lorasync.push.stop import Stop
     from lorasync.push.target import Pause
 
 _VANISHING = 0.2  # about a tenth of NF4's weights are exactly zero, and keep any update
@@ -205,7 +206,7 @@ class Sync:
         """
         with agreed_by_all_ranks():
             if self._engines:
-                with _stoppable(self._engines) as stop:
+                with stoppable(self._engines) as stop:
                     if not self._leaves_weights:
                         stop.begin()
                     before = self.version - 1
@@ -293,7 +294,7 @@ class Sync:
         began = time.perf_counter()
         version = self._newest + 1
         totals = Totals(strategy_of(self.apply))
-        with _stoppable(engines) as stop:
+        with stoppable(engines) as stop:
             if self.apply is None:
                 stop.begin()  # merged weights are live as they come
                 engines.each(lambda session: session.start())
@@ -310,7 +311,7 @@ class Sync:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
-    def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: _Stop) -> None:
+    def _transfer(self, engines: Replicas, version: int, totals: Totals, stop: Stop) -> None:
         lent, stream = self._read(engines, totals)
         beside = self.apply is not None
         try:
@@ -389,37 +390,3 @@ def _with_survival(report: SyncReport, source: Any) -> SyncReport:
     )
     warnings.warn(warning, stacklevel=4)
     return replace(report, delta_survival=kept, warnings=(*report.warnings, warning))
-
-
-class _Stop:
-    """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
-
-    def __init__(self, engines: Replicas) -> None:
-        self._engines = engines
-        self._began: float | None = None
-        self.seconds: float | None = None
-
-    def begin(self) -> None:
-        if self._began is None:
-            self._engines.each(lambda session: session.target.pause())  # until then steps go on to their end
-            self._began = time.perf_counter()
-
-    def end(self) -> None:
-        if self._engines.closed:
-            return
-        self._engines.each(lambda session: session.target.resume())
-        if self._began is not None and self._engines.generates_meanwhile:
-            self.seconds = time.perf_counter() - self._began
-
-
-@contextlib.contextmanager
-def _stoppable(engines: Replicas) -> Iterator[_Stop]:
-    """Whatever happens in the block, the engines that may generate do so after it."""
-    stop = _Stop(engines)
-    try:
-        yield stop
-    except BaseException:
-        with contextlib.suppress(Exception):  # a dead engine: the first error is the one that counts
-            stop.end()
-        raise
-    stop.end()

@@ -1,0 +1,56 @@
+"""Draws the tables that benchmarks/sync_gpu.py has written: docs/img/sync_h100.svg. Nothing is measured here.
+
+python benchmarks/plot_sync.py benchmarks/results/sync*_qwen2-7b-r64-*_h100_202611.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+mpl.rcParams["svg.hashsalt"] = "lorasync"  # the same file from the same numbers
+import matplotlib.pyplot as plt
+
+IMAGE = Path(__file__).resolve().parent.parent / "docs" / "img" / "sync_h100.svg"
+
+
+def read(path: Path) -> tuple[str, float, dict[str, float]]:
+    """A results file's title, its memory floor in ms, and the ms of each way."""
+    text = path.read_text()
+    (floor,) = re.findall(r"floor ([\d.]+) ms", text)
+    rows = re.findall(r"^\| ([^|]+?) \| \d+ \| ([\d.]+) \|", text, flags=re.MULTILINE)
+    return (
+        text.splitlines()[0].removeprefix("# A whole sync, "),
+        float(floor),
+        {w: float(ms) for w, ms in rows},
+    )
+
+
+def main() -> None:
+    found = [read(Path(name)) for name in sys.argv[1:]]
+    heights = [len(ways) for _, _, ways in found]
+    figure, axes = plt.subplots(
+        len(found), 1, figsize=(9, 0.42 * sum(heights) + 1.1 * len(found)), height_ratios=heights,
+        sharex=True, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for ax, (title, floor, ways) in zip(axes[:, 0], found, strict=True):
+        ours = [
+            "tab:blue" if way.startswith(("factors", "merged", "adapter")) else "tab:gray" for way in ways
+        ]
+        bars = ax.barh(list(ways), list(ways.values()), color=ours)
+        ax.bar_label(bars, fmt="%.0f", padding=3)
+        ax.axvline(floor, color="tab:red", linestyle="--", label=f"memory floor, {floor:.1f} ms")
+        ax.set_xscale("log")
+        ax.set_title(title, fontsize=10)
+        ax.invert_yaxis()
+        ax.legend(fontsize=8)
+    axes[-1, 0].set_xlabel("ms of a sync; blue: lorasync")
+    figure.savefig(IMAGE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

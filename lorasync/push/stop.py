@@ -1,0 +1,46 @@
+"""The time in which engines must not generate, because their weights change."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorasync.push.replicas import Replicas
+
+
+class Stop:
+    """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
+
+    def __init__(self, engines: Replicas) -> None:
+        self._engines = engines
+        self._began: float | None = None
+        self.seconds: float | None = None
+
+    def begin(self) -> None:
+        if self._began is None:
+            self._engines.each(lambda session: session.target.pause())  # until then steps go on to their end
+            self._began = time.perf_counter()
+
+    def end(self) -> None:
+        if self._engines.closed:
+            return
+        self._engines.each(lambda session: session.target.resume())
+        if self._began is not None and self._engines.generates_meanwhile:
+            self.seconds = time.perf_counter() - self._began
+
+
+@contextlib.contextmanager
+def stoppable(engines: Replicas) -> Iterator[Stop]:
+    """Whatever happens in the block, the engines that may generate do so after it."""
+    stop = Stop(engines)
+    try:
+        yield stop
+    except BaseException:
+        with contextlib.suppress(Exception):  # a dead engine: the first error is the one that counts
+            stop.end()
+        raise
+    stop.end()
