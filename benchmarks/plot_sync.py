@@ -44,10 +44,10 @@ def main() -> None:
         bars = ax.barh(list(ways), list(ways.values()), color=ours)
         ax.bar_label(bars, fmt="%.0f", padding=3)
         ax.axvline(floor, color="tab:red", linestyle="--", label=f"memory floor, {floor:.1f} ms")
-        ax.set_xscale("log")
+        ax.margins(x=0.08)
         ax.set_title(title, fontsize=10)
         ax.invert_yaxis()
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right")
     axes[-1, 0].set_xlabel("ms of a sync; blue: lorasync")
     figure.savefig(IMAGE, metadata={"Date": None})
 
