@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasync.wire import as_bytes
+from lorasync.errors import EngineNotReadyError, UngatheredError
+from lorasync.wire import as_bytes, digest_of_text
+from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +69,112 @@ def logprob_gap(
     ]
     gap = (torch.cat(served).double() - torch.cat(token_logprobs(model, pairs)).double()).abs()
     return LogprobGap(mean=float(gap.mean()), max=float(gap.max()), tokens=gap.numel())
+
+
+class Canary:
+    """A few tokens that every push is tried on: `connect(…, canary=Canary(model, llm, prompts))`.
+
+    After each push `logprob_gap` is measured with these prompts; it stands in `SyncReport.canary`, and a gap above the
+    limit is a warning there. It costs one short answer of the engine and one forward pass of the trainer.
+
+    Args:
+        model: the training model, whole on this rank.
+        llm: the `vllm.LLM` that is pushed to (one of them, if there are several).
+        prompts: texts; one or two will do.
+        max_tokens: how many tokens to generate for each.
+        limit: the mean gap, in nats, above which the push is warned of; 0.05 suits bf16.
+
+    Raises:
+        UngatheredError: if the model is sharded: its forward pass needs all ranks. Call `logprob_gap` on each of them.
+        EngineNotReadyError: if the engine is no `vllm.LLM`: an `AsyncLLM` answers on its own event loop.
+
+    Example:
+        >>> canary = Canary(model, llm, ["The capital of France is"])  # doctest: +SKIP
+        >>> sync = connect(MergedSource(model), llm, canary=canary)  # doctest: +SKIP
+        >>> sync.send_weights().canary.mean < 0.05  # doctest: +SKIP
+        True
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        llm: Any,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 4,
+        limit: float = 0.05,
+    ) -> None:
+        if any(map(is_sharded, model.parameters())):
+            raise UngatheredError(
+                "canary: got a sharded model, expected a whole one: its forward pass needs all ranks. Call "
+                "lorasync.verify.logprob_gap on every rank instead."
+            )
+        if not hasattr(llm, "llm_engine"):
+            raise EngineNotReadyError(
+                f"canary: got {type(llm).__name__}, expected a vllm.LLM: an AsyncLLM answers on its own event loop. "
+                "Compare lorasync.verify.token_logprobs with the log-probabilities of its outputs."
+            )
+        self._model, self._llm, self._prompts = model, llm, list(prompts)
+        self._max_tokens, self.limit = max_tokens, limit
+
+    def __call__(self, request: dict[str, Any]) -> LogprobGap:
+        """Measure the gap with what `Sync.request()` returned."""
+        return logprob_gap(
+            self._model, self._llm, self._prompts, max_tokens=self._max_tokens, request=request
+        )
+
+
+def adapter_effect(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> LogprobGap:
+    """How far the answers with an adapter lie from those of the bare engine, over the prompts' own tokens.
+
+    A gap of 0 means that the adapter does nothing: it is zero, or it is not applied (names that match nothing).
+
+    Args:
+        llm: a `vllm.LLM`.
+        prompts: texts of two tokens at least.
+        request: what `Sync.request()` returned, for `ServeAdapter`.
+
+    Example:
+        >>> assert adapter_effect(llm, ["The capital of France is"], sync.request()).max > 0  # doctest: +SKIP
+    """
+    on, off = _prompt_logprobs(llm, prompts, request), _prompt_logprobs(llm, prompts, {})
+    gap = (on - off).abs()
+    return LogprobGap(mean=float(gap.mean()), max=float(gap.max()), tokens=gap.numel())
+
+
+def _prompt_logprobs(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> torch.Tensor:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    found = [
+        at[token].logprob
+        for output in llm.generate(list(prompts), wanted, use_tqdm=False, **request)
+        for token, at in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        if at is not None  # the first token has nothing before it
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """One line that says which base an adapter is trained on: xxh3-128 over 32 elements of every base weight.
+
+    The same elements that the handshake compares with the engine's. Two runs with equal fingerprints train on the same
+    base; one in 4 bits has another than one in 16. Every rank of a sharded model calls it.
+
+    Raises:
+        AdapterError: if there is no adapter to be on a base.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> policy = get_peft_model(model, LoraConfig(target_modules=["0"]))
+        >>> len(base_fingerprint(policy))
+        32
+    """
+    from lorasync.fingerprint import to_json
+    from lorasync.source import FactorSource, base_samples
+
+    return digest_of_text(to_json(base_samples(FactorSource(model))))
 
 
 def token_logprobs(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.push.payload import Bucket
+    from lorasync.verify import LogprobGap
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SyncReport:
         ranks: how many workers confirmed; 0 where they can't answer (another host).
         delta_survival: how much of the update's norm is left after rounding to the served dtype, from 0 to 1;
             ``None`` where nothing is merged on this side.
+        canary: how far the engine's answers lie from the trainer's after this push; ``None`` without a canary.
         stall_seconds: for how long the engine could not generate, from when it had paused until it went on; ``None`` where
             nothing was generating.
         warnings: what the trainer should look at.
@@ -46,6 +48,7 @@ class SyncReport:
     digest: str = ""
     ranks: int = 0
     delta_survival: float | None = None
+    canary: LogprobGap | None = None
     stall_seconds: float | None = None
     warnings: tuple[str, ...] = field(default=())
 
@@ -59,6 +62,8 @@ class SyncReport:
         ]
         if self.delta_survival is not None:
             parts.append(f"{self.delta_survival:.1%} of the update survives rounding")
+        if self.canary is not None:
+            parts.append(f"answers within {self.canary.mean:.2g} nats")
         return " · ".join([*parts, *self.warnings])
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-import warnings
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +13,7 @@ import torch
 
 from lorasync.errors import EngineClosedError, EngineNotReadyError, PushInProgressError, SyncError
 from lorasync.lent import NOTHING
+from lorasync.push.afterwards import with_canary, with_survival
 from lorasync.push.apply import (
     Apply,
     MergeInWorker,
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from lorasync.push.payload import Bucket
     from lorasync.push.stop import Stop
     from lorasync.push.target import Pause
+    from lorasync.verify import Canary
 
-_VANISHING = 0.2  # about a tenth of NF4's weights are exactly zero, and keep any update
+_LOG = logging.getLogger(__name__)
 
 
 class Meta(Protocol):
@@ -74,6 +75,7 @@ def connect(
     timeout: float = 600.0,
     bucket_bytes: int = 256 << 20,
     measure_survival: bool = False,
+    canary: Canary | None = None,
 ) -> Sync:
     """Shake hands with one or more live engines and check that everything fits, before the first weight is sent.
 
@@ -91,6 +93,7 @@ def connect(
         bucket_bytes: how many bytes of merged weights exist at a time, at most (or one tensor, if larger).
         measure_survival: after each push, measure how much of the update is left after rounding to the served dtype, and
             warn if next to nothing is. Takes about as long as the merge; `MergedSource` only.
+        canary: tries each push on a few tokens; see `lorasync.verify.Canary`.
 
     Raises:
         EngineNotReadyError: if the engine was started without the backend; the message shows the flag.
@@ -110,6 +113,7 @@ def connect(
         timeout=timeout,
         bucket_bytes=bucket_bytes,
         measure_survival=measure_survival,
+        canary=canary,
     )
 
 
@@ -132,6 +136,7 @@ class Sync:
         timeout: float,
         bucket_bytes: int,
         measure_survival: bool,
+        canary: Canary | None,
     ) -> None:
         self.source = source
         self.apply = apply
@@ -139,6 +144,7 @@ class Sync:
         self._newest = 0  # counts up, also after a rollback
         self._bucket_bytes = bucket_bytes
         self._measure_survival = measure_survival and isinstance(source, MergedSource)
+        self._canary = canary
         self._busy = threading.Lock()
         self._scalings = scalings(source)
         self._lent = NOTHING
@@ -185,9 +191,12 @@ class Sync:
             with agreed_by_all_ranks():
                 report = self._push(self._engines) if self._engines else self._accompany()
                 if self._measure_survival:
-                    report = _with_survival(report, self.source)
+                    report = with_survival(report, self.source)
             self.version = self._newest = report.version  # not before all ranks have agreed that it went well
             self._names_adapter = True
+            if self._canary is not None and self._engines is not None:
+                report = with_canary(report, self._canary, self.request())
+            _LOG.log(logging.WARNING if report.warnings else logging.INFO, "%s", report)
             return report
         finally:
             self._busy.release()
@@ -375,18 +384,3 @@ class Sync:
 
 def _gpu_of(source: FactorSource | MergedSource) -> str:
     return gpu_of(next((param.device for param in source.model.parameters()), torch.device("cpu")))
-
-
-def _with_survival(report: SyncReport, source: Any) -> SyncReport:
-    """Add how much of the whole update survives rounding: the modules' shares, weighted by ‖Δ‖²."""
-    found = list(source.delta_survival())
-    whole = sum(module.norm**2 for module in found)
-    kept = sum(module.kept * module.norm**2 for module in found) / whole if whole else 1.0
-    if kept >= _VANISHING:
-        return replace(report, delta_survival=kept)
-    warning = (
-        f"only {kept:.1%} of the update survives rounding to the served dtype: the engine all but serves the base. "
-        "ServeAdapter rounds nothing; MergedSource(rounding=Stochastic(seed)) keeps it on average."
-    )
-    warnings.warn(warning, stacklevel=4)
-    return replace(report, delta_survival=kept, warnings=(*report.warnings, warning))

@@ -12,8 +12,9 @@ import pytest
 import lorasync as ls
 from lorasync.errors import EngineClosedError, MismatchError, SyncError, UnmergeableError
 from lorasync.push import ServeAdapter, connect
+from lorasync.verify import adapter_effect
 from tests import models
-from tests.e2e.engines import greedy, running_llm
+from tests.e2e.engines import PROMPTS, greedy, running_llm
 from tests.e2e.faults import children_of, from_the_middle, raising, shared_memory
 from tests.models import tiny
 
@@ -46,6 +47,10 @@ def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, 
         assert greedy(slots, **first) == on_disk  # two versions keep apart
         sync.rollback()
         assert greedy(slots, **sync.request()) == on_disk
+        assert adapter_effect(slots, PROMPTS, sync.request()).mean > 0.001
+        models.move(policy, seed=5, scale=0.0)
+        sync.send_weights()
+        assert adapter_effect(slots, PROMPTS, sync.request()).max == 0
         for step in range(20):
             models.move(policy, seed=step)
             sync.send_weights()

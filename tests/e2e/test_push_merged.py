@@ -17,10 +17,11 @@ from lorasync.errors import (
     NonFiniteError,
 )
 from lorasync.push import connect
-from lorasync.verify import logprob_gap, model_digest
+from lorasync.verify import Canary, logprob_gap, model_digest
 from tests import models
 from tests.e2e.conftest import nf4_policy
 from tests.e2e.engines import PROMPTS, greedy, running_llm
+from tests.e2e.faults import Fixed
 from tests.e2e.oracle import merged_checkpoint
 
 pytestmark = pytest.mark.timeout(420)
@@ -65,6 +66,29 @@ def test_each_push_serves_what_was_trained_last(served):
         models.move(policy, seed=0, scale=0.01)
         sync.send_weights()
         assert greedy(llm) == expected  # the prefix cache of the version before is not used either
+
+
+def test_a_canary_tells_the_policy_from_another(served, caplog):
+    policy, llm, expected = served
+    canary = Canary(policy, llm, PROMPTS[:1])
+    with connect(ls.MergedSource(policy), llm, canary=canary) as sync, caplog.at_level("INFO", "lorasync"):
+        report = sync.send_weights()
+        assert report.canary.mean < 0.05
+        assert not report.warnings
+        assert f"version {report.version} · merged" in caplog.text
+        assert "answers within" in caplog.text
+    stale = ls.MergedSource(policy)
+    tensors = [(name, tensor.clone()) for name, tensor in stale]
+    models.move(policy, seed=1, scale=0.2)  # the trainer went a long way, but the old weights are sent
+    with (
+        connect(Fixed(dict(tensors)), llm, canary=canary) as sync,
+        pytest.warns(UserWarning, match="nats from the trainer's, expected at most 0.05"),
+    ):
+        report = sync.send_weights()
+    assert report.canary.mean > 0.05
+    assert "canary" in report.warnings[0]
+    models.move(policy, seed=0, scale=0.01)
+    assert greedy(llm) == expected
 
 
 def test_a_source_that_raises_half_way_leaves_trainer_whole_and_the_engine_closed_until_a_push_completes(
