@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,34 +126,36 @@ class Canary:
 
 
 def adapter_effect(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> LogprobGap:
-    """How far the answers with an adapter lie from those of the bare engine, over the prompts' own tokens.
+    """How far the answers with an adapter lie from those of the bare engine: the first token's likeliest candidates.
 
     A gap of 0 means that the adapter does nothing: it is zero, or it is not applied (names that match nothing).
 
     Args:
         llm: a `vllm.LLM`.
-        prompts: texts of two tokens at least.
+        prompts: texts.
         request: what `Sync.request()` returned, for `ServeAdapter`.
+
+    Returns:
+        the gap over the candidates that both name; infinite where there is none.
 
     Example:
         >>> assert adapter_effect(llm, ["The capital of France is"], sync.request()).max > 0  # doctest: +SKIP
     """
-    on, off = _prompt_logprobs(llm, prompts, request), _prompt_logprobs(llm, prompts, {})
-    gap = (on - off).abs()
-    return LogprobGap(mean=float(gap.mean()), max=float(gap.max()), tokens=gap.numel())
+    on, off = _candidates(llm, prompts, request), _candidates(llm, prompts, {})
+    gaps = [abs(a[token] - b[token]) for a, b in zip(on, off, strict=True) for token in a.keys() & b.keys()]
+    if not gaps:
+        return LogprobGap(mean=math.inf, max=math.inf, tokens=0)
+    return LogprobGap(mean=sum(gaps) / len(gaps), max=max(gaps), tokens=len(gaps))
 
 
-def _prompt_logprobs(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> torch.Tensor:
+def _candidates(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> list[dict[int, float]]:
+    """The likeliest tokens after each prompt, with their log-probabilities."""
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    found = [
-        at[token].logprob
-        for output in llm.generate(list(prompts), wanted, use_tqdm=False, **request)
-        for token, at in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-        if at is not None  # the first token has nothing before it
-    ]
-    return torch.tensor(found, dtype=torch.float64)
+    # Not prompt_logprobs: with an adapter they end a vLLM 0.32 on a CPU.
+    wanted = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
+    outputs = llm.generate(list(prompts), wanted, use_tqdm=False, **request)
+    return [{token: at.logprob for token, at in o.outputs[0].logprobs[0].items()} for o in outputs]
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:
