@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasync.kernels import PendingMerge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -91,10 +91,12 @@ class Lent:
     @cached_property
     def unwrapped(self) -> Recurring:
         """Tensors and merges, as a receiver in this process takes them."""
-        return Recurring({n: i.tensor if isinstance(i, Held) else i for n, i in self.items.items()})
+        return Recurring((name, unwrapped(item)) for name, item in self.items.items())
 
 
 NOTHING = Lent({})
+Bucket = Lent | dict[str, Tensor]
+"""What goes to the engines in one call."""
 
 
 class LastLent:
@@ -113,6 +115,17 @@ class LastLent:
         return self._lent
 
 
+def items_of(bucket: Bucket) -> Mapping[str, Item]:
+    """The weights of a bucket by name."""
+    return bucket.items if isinstance(bucket, Lent) else bucket
+
+
+def unwrapped(item: Item) -> Tensor | PendingMerge:
+    """A tensor that is held as the tensor itself."""
+    return item.tensor if isinstance(item, Held) else item
+
+
 def made(item: Item) -> Tensor:
     """The weight as a tensor; a merge is made now."""
-    return item.make() if isinstance(item, PendingMerge) else item.tensor if isinstance(item, Held) else item
+    found = unwrapped(item)
+    return found.make() if isinstance(found, PendingMerge) else found

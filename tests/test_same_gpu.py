@@ -42,14 +42,16 @@ def a_merge(base: Any, **settings: Any) -> PendingMerge:
     return PendingMerge(base, a, b, 0.3, torch.bfloat16, make=lambda: torch.empty(0), **settings)
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The storage that a tensor lies in, as bytes."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+
+
 def read_back(bucket: dict[str, Item]) -> dict[str, Any]:
     storages = Storages()
     text = as_text(bucket, storages)
-    raw = [
-        torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
-        for tensor in storages.tensors
-    ]
-    return from_text(text, raw)
+    opened = [*map(raw, storages.tensors)]
+    return from_text(text, opened)
 
 
 # ------------------------------------------------------------------------------------ what is written
@@ -150,13 +152,10 @@ def changed(text: str, path: list[Any], value: Any) -> str:
 def test_a_layout_leads_nowhere_else(path: list[Any], value: Any) -> None:
     storages = Storages()
     text = as_text({"w": a_merge(bases()["nf4"])}, storages)
-    raw = [
-        torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())  # type: ignore[call-overload]
-        for t in storages.tensors
-    ]
-    assert from_text(text, raw)
+    opened = [*map(raw, storages.tensors)]
+    assert from_text(text, opened)
     with pytest.raises(PayloadError, match="layout: malformed"):
-        from_text(changed(text, path, value), raw)
+        from_text(changed(text, path, value), opened)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[]", "3", '{"a": {"kind": "dtype", "name": "int8"}, "a": 3}'])
@@ -171,23 +170,20 @@ def test_a_mutated_layout_is_read_or_refused(data: st.DataObject) -> None:
     """Whatever it became: no other error, and nothing outside of the storages."""
     storages = Storages()
     text = as_text({"w": a_merge(bases()["nested"]), "t": torch.zeros(8)}, storages)
-    raw = [
-        torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())  # type: ignore[call-overload]
-        for t in storages.tensors
-    ]
+    opened = [*map(raw, storages.tensors)]
     at = data.draw(st.integers(0, len(text) - 1))
     upto = data.draw(st.integers(at, min(len(text), at + 9)))
     text = text[:at] + data.draw(st.text('0123456789.-e,:[]{}"ntuls', max_size=6)) + text[upto:]
     try:
-        found = from_text(text, raw)
+        found = from_text(text, opened)
     except PayloadError:
         return
-    ends = [r.data_ptr() + r.numel() for r in raw]
+    ends = [r.data_ptr() + r.numel() for r in opened]
     parts = Parts.of(found)
     for tensor in [*parts.frozen, *parts.fresh]:
         inside = [
             r.data_ptr() <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
-            for r, end in zip(raw, ends, strict=True)
+            for r, end in zip(opened, ends, strict=True)
         ]
         assert any(inside) or tensor.numel() == 0
 
@@ -232,9 +228,8 @@ class HereOnly:
         monkeypatch.setattr(Handle, "open", lambda handle, device: self.shown[handle.offset])
 
     def export(self, tensor: torch.Tensor) -> Handle:
-        raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
-        self.shown.append(raw)
-        return Handle("00", raw.numel(), len(self.shown) - 1, "", 0, "", event_sync=False)
+        self.shown.append(raw(tensor))
+        return Handle("00", self.shown[-1].numel(), len(self.shown) - 1, "", 0, "", event_sync=False)
 
 
 def test_a_bucket_is_the_same_for_both_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

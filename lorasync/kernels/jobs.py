@@ -82,6 +82,15 @@ class PendingMerge:
         """Where W and the factors lie."""
         return self.lora_a.device
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """A, B and, for DoRA, m."""
+        return (self.lora_a, self.lora_b, *(() if self.magnitude is None else (self.magnitude,)))
+
+    def tensors(self) -> list[Tensor]:
+        """List all that the merge reads."""
+        return [*(tensor for _, tensor in self.base.tensors()), *self.factors]
+
     def whole_job(self, out: Tensor, *, name: str = "") -> MergeJob:
         """Say how to merge all of W into ``out``."""
         height, width = self.shape

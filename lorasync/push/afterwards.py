@@ -22,8 +22,7 @@ def with_canary(report: SyncReport, canary: Canary, request: dict[str, Any]) -> 
         f"the engine's answers lie {gap.mean:.3g} nats from the trainer's, expected at most {canary.limit:g} (canary): does "
         "it serve the model that was trained, in a dtype near the trainer's?"
     )
-    warnings.warn(warning, stacklevel=3)
-    return replace(report, canary=gap, warnings=(*report.warnings, warning))
+    return _warned(replace(report, canary=gap), warning)
 
 
 def with_survival(report: SyncReport, source: Any) -> SyncReport:
@@ -37,5 +36,9 @@ def with_survival(report: SyncReport, source: Any) -> SyncReport:
         f"only {kept:.1%} of the update survives rounding to the served dtype: the engine all but serves the base. "
         "ServeAdapter rounds nothing; MergedSource(rounding=Stochastic(seed)) keeps it on average."
     )
-    warnings.warn(warning, stacklevel=4)
-    return replace(report, delta_survival=kept, warnings=(*report.warnings, warning))
+    return _warned(replace(report, delta_survival=kept), warning)
+
+
+def _warned(report: SyncReport, warning: str) -> SyncReport:
+    warnings.warn(warning, stacklevel=4)  # where `send_weights` was called
+    return replace(report, warnings=(*report.warnings, warning))

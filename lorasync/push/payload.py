@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.lent import Lent, made
+from lorasync.lent import Bucket, Lent, items_of, made
 from lorasync.same_gpu import gpu_of
 from lorasync.wire import INLINE_LIMIT, digest, nbytes, pack, write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from lorasync.lent import Item
+    import torch
+
     from lorasync.same_gpu import Lender, Letter
     from lorasync.wire import Mailbox
-
-
-Bucket = Lent | dict[str, torch.Tensor]
-"""What goes to the engines in one call."""
 
 
 class Place(Protocol):
@@ -96,11 +91,6 @@ class Payload:
     def _remove(self) -> None:
         for path in self._files.values():
             path.unlink(missing_ok=True)
-
-
-def items_of(bucket: Bucket) -> Mapping[str, Item]:
-    """The weights by name."""
-    return bucket.items if isinstance(bucket, Lent) else bucket
 
 
 def _gpu_of_all(bucket: Bucket) -> str:

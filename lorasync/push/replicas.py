@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Literal
 
-    from lorasync.push.payload import Bucket
+    from lorasync.lent import Bucket
     from lorasync.push.target import Pause
 
 T = TypeVar("T")

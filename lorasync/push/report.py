@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.push.payload import Bucket
+    from lorasync.lent import Bucket
     from lorasync.verify import LogprobGap
 
 

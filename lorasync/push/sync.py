@@ -36,8 +36,7 @@ from lorasync.wire import ADAPTER_IDS, manifest_as_text
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lorasync.lent import Lent
-    from lorasync.push.payload import Bucket
+    from lorasync.lent import Bucket, Lent
     from lorasync.push.stop import Stop
     from lorasync.push.target import Pause
     from lorasync.verify import Canary

@@ -19,7 +19,7 @@ from lorasync.receive.identity import Read, check_base
 from lorasync.receive.live import LiveModel, LiveWriter
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
 from lorasync.receive.staging import Staging, parsed
-from lorasync.receive.streamed import StreamedMerges
+from lorasync.receive.streamed import StreamedMerges, buffer_for
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
@@ -200,6 +200,7 @@ class FactorApplier:
         by_kernel = [row for row in rows if self._is_for_a_kernel(row)]
         self._grouped_rows = [row for row in by_kernel if self._is_on_device(row)]
         self._streamed_rows = [row for row in by_kernel if not self._is_on_device(row)]
+        self._stream_buffer = buffer_for(self._streamed_rows, self._dtype, self._device)
         seen = set(by_kernel)
         self._other_rows = _by_name(row for row in rows if row not in seen)
         self._merges = {}
@@ -226,7 +227,7 @@ class FactorApplier:
                     [self._job(row, self._bases.rectangle(row)) for row in self._grouped_rows]
                 )
                 streamed = StreamedMerges(
-                    self._streamed_rows, self._bases.rectangle, self._job, self._dtype, self._device
+                    self._streamed_rows, self._bases.rectangle, self._job, self._stream_buffer
                 )
                 self._merges[id(self._active)] = (self._active, grouped, streamed)
             _, grouped, streamed = self._merges[id(self._active)]
@@ -338,10 +339,10 @@ class _Mixed:
         self.packed_names = packed.names
 
     def rectangle(self, row: Row) -> Base:
-        return (self._packed if row.name in self._packed.names else self._checkpoint).rectangle(row)
+        return (self._packed if row.name in self.packed_names else self._checkpoint).rectangle(row)
 
     def whole(self, name: str) -> torch.Tensor:
-        return (self._packed if name in self._packed.names else self._checkpoint).whole(name)
+        return (self._packed if name in self.packed_names else self._checkpoint).whole(name)
 
 
 def _edits_by_weight(spec: FactorSpec) -> dict[str, list[Edit]]:

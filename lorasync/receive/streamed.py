@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 
 class StreamedMerges:
-    """One merge after another, all planned once; the buffer is as large as the largest base.
+    """One merge after another, all planned once, through a buffer from `buffer_for`; several may share one.
 
     Args:
         rows: What is merged.
         base_of: The base of a row, anew at each run, wherever it lies.
         job_of: How a row is merged from a given base.
-        dtype: What bases are in.
-        device: The GPU.
+        buffer: Where each base is copied to.
     """
 
     def __init__(
@@ -31,15 +30,12 @@ class StreamedMerges:
         rows: Sequence[Row],
         base_of: Callable[[Row], Base],
         job_of: Callable[[Row, Base], MergeJob],
-        dtype: torch.dtype,
-        device: torch.device,
+        buffer: torch.Tensor,
     ) -> None:
         self._base_of = base_of
-        sizes = {row: torch.Size(row.source.shape).numel() for row in rows}
-        buffer = torch.empty(max(sizes.values(), default=0), dtype=dtype, device=device)
         self._merges = []
-        for row, size in sizes.items():
-            place = buffer[:size].view(row.source.shape)
+        for row in rows:
+            place = buffer[: _elements(row)].view(row.source.shape)
             self._merges.append((row, place, GroupedMerge([job_of(row, PlainBase(place))])))
 
     @torch.no_grad()
@@ -48,3 +44,12 @@ class StreamedMerges:
         for row, place, merge in self._merges:
             place.copy_(self._base_of(row).dequantize(), non_blocking=True)
             merge.run()
+
+
+def buffer_for(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for the largest of these rows."""
+    return torch.empty(max(map(_elements, rows), default=0), dtype=dtype, device=device)
+
+
+def _elements(row: Row) -> int:
+    return torch.Size(row.source.shape).numel()

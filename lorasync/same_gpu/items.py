@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase, merge_job
 from lorasync.kernels.checksum import can_be_summed
-from lorasync.lent import Held, Item, Recurring
+from lorasync.lent import Held, Item, Recurring, made, unwrapped
 from lorasync.wire import dtype_name, dtype_of
 
 if TYPE_CHECKING:
@@ -48,26 +48,18 @@ class Parts:
         for item in bucket.values():
             if isinstance(item, PendingMerge):
                 parts.frozen.extend(tensor for _, tensor in item.base.tensors())
-                parts.fresh.extend(_factors(item))
+                parts.fresh.extend(item.factors)
             else:
-                parts.fresh.append(item.tensor if isinstance(item, Held) else item)
+                parts.fresh.append(made(item))
         return parts
 
 
 def is_lendable(item: Item) -> bool:
     """Whether another process can read the item where it lies in the trainer's model."""
     if isinstance(item, PendingMerge):
-        parts = [*(tensor for _, tensor in item.base.tensors()), *_factors(item)]
-        return all(map(can_be_summed, parts)) and len({(t.device, t.is_cuda) for t in parts}) == 1
+        parts = item.tensors()
+        return all(map(can_be_summed, parts)) and len({part.device for part in parts}) == 1
     return isinstance(item, Held) and can_be_summed(item.param)
-
-
-def _factors(merge: PendingMerge) -> list[Tensor]:
-    return [
-        merge.lora_a,
-        merge.lora_b,
-        *([] if merge.magnitude is None else [merge.magnitude]),
-    ]
 
 
 class Storages:
@@ -93,12 +85,10 @@ class Storages:
 
 def as_text(bucket: Mapping[str, Item], storages: Storages) -> str:
     """Write a bucket as JSON; every tensor in it must be contiguous."""
-    return json.dumps({name: _written(item, storages) for name, item in bucket.items()})
+    return json.dumps({name: _written(unwrapped(item), storages) for name, item in bucket.items()})
 
 
 def _written(value: Any, storages: Storages) -> Any:
-    if isinstance(value, Held):
-        value = value.tensor
     if isinstance(value, Tensor):
         return {"kind": "tensor", **storages.place_of(value)}
     if isinstance(value, torch.dtype):
@@ -176,8 +166,7 @@ def _pending(parts: dict[str, Any]) -> PendingMerge:
     merge = PendingMerge(**parts, make=make)
     if not isinstance(merge.base, PlainBase | PackedBase | Int8Base):
         raise TypeError("a merge without a base")
-    tensors = [*(tensor for _, tensor in merge.base.tensors()), *_factors(merge)]
-    if not all(isinstance(t, Tensor) for t in tensors) or not isinstance(merge.dtype, torch.dtype):
+    if not all(isinstance(t, Tensor) for t in merge.tensors()) or not isinstance(merge.dtype, torch.dtype):
         raise TypeError("a merge without its tensors or dtype")
     if not isinstance(merge.scaling, float) or not isinstance(merge.fan_in_fan_out, bool):
         raise TypeError("a merge without its scaling")

@@ -9,12 +9,14 @@ import torch
 
 from lorasync.kernels import PendingMerge, RepeatedMerge
 from lorasync.kernels.checksum import Checksum
-from lorasync.lent import Item, Lent, made
+from lorasync.lent import Lent, items_of, made
 from lorasync.same_gpu.handle import Handle, handles_as_text
 from lorasync.same_gpu.items import Parts, Storages, as_text, is_lendable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from lorasync.lent import Bucket, Item
 
 _ALIGN = 256
 
@@ -40,9 +42,9 @@ class Lender:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._pages: dict[str, _Page] = {}  # by the bucket's first name
 
-    def put(self, bucket: Lent | dict[str, torch.Tensor]) -> Letter:
+    def put(self, bucket: Bucket) -> Letter:
         """Make a bucket readable, and say how to read it; it is all there when this returns."""
-        items: Mapping[str, Item] = bucket.items if isinstance(bucket, Lent) else bucket
+        items = items_of(bucket)
         first = next(iter(items))
         page = self._pages.get(first)
         if page is None or not page.is_of(bucket):
@@ -64,7 +66,7 @@ class _Page:
 
     def __init__(
         self,
-        bucket: Lent | dict[str, torch.Tensor],
+        bucket: Bucket,
         items: Mapping[str, Item],
         places: dict[str, torch.Tensor],
         export: Callable[[torch.Tensor], Handle],
@@ -80,7 +82,7 @@ class _Page:
         self._frozen_sum: tuple[list[int], str] = ([], "")
         self._merge = RepeatedMerge()
 
-    def is_of(self, bucket: Lent | dict[str, torch.Tensor]) -> bool:
+    def is_of(self, bucket: Bucket) -> bool:
         """Whether this bucket is read in the same way: what is lent is the same object, or the layout is the same."""
         return self._of is bucket if isinstance(bucket, Lent) else self._of == _layout(bucket)
 

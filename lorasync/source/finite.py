@@ -52,6 +52,7 @@ class FiniteCheck:
         self._peaks: dict[str, float] = dict(before._peaks) if before else {}
         self._lie: list[int] = []
         self._scans: list[tuple[list[int], Peaks]] = []
+        self._alone: list[int] = []
 
     def __call__(self) -> dict[str, float]:
         """Check the tensors as they are and return the largest absolute value of each.
@@ -88,15 +89,13 @@ class FiniteCheck:
         """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
         lie = [tensor.data_ptr() for tensor in tensors]
         if lie != self._lie:
-            self._lie, self._scans = lie, _scans(tensors)
+            self._lie, (self._scans, self._alone) = lie, _scans(tensors)
         peaks = [math.nan] * len(tensors)
         for members, scan in self._scans:
             for index, peak in zip(members, scan.now(), strict=True):
                 peaks[index] = peak
-        seen = {index for members, _ in self._scans for index in members}
-        for index in range(len(tensors)) if len(seen) < len(tensors) else ():
-            if index not in seen:
-                peaks[index] = largest(tensors[index])
+        for index in self._alone:
+            peaks[index] = largest(tensors[index])
         return peaks
 
 
@@ -143,13 +142,16 @@ def inputs_of(slot: Slot) -> list[Input]:
     return inputs
 
 
-def _scans(tensors: list[Tensor]) -> list[tuple[list[int], Peaks]]:
-    """Which tensors are looked at together; the others one by one."""
+def _scans(tensors: list[Tensor]) -> tuple[list[tuple[list[int], Peaks]], list[int]]:
+    """Which tensors are looked at together, and which one by one."""
+    alone: list[int] = []
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         if tensor.is_cuda and tensor.is_contiguous() and tensor.is_floating_point():
             groups[tensor.device, tensor.dtype].append(index)
-    return [(members, Peaks([tensors[index] for index in members])) for members in groups.values()]
+        else:
+            alone.append(index)
+    return [(members, Peaks([tensors[i] for i in members])) for members in groups.values()], alone
 
 
 def _term(slot: Slot, step: Any) -> tuple[list[str], float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from lorasync.push import MergeInWorker, ServeAdapter, connect
 from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.apply import LoadApplier
 from lorasync.receive.factors import FactorApplier
+from tests.e2e.engines import async_llm
 from tests.e2e.faults import from_the_middle
 from tests.models import tiny
 
@@ -61,18 +61,9 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="module")
 def engine(base, loop) -> Iterator[Any]:
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = AsyncEngineArgs(
-        model=base, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
-        weight_transfer_config={"backend": "lorasync"}, enable_lora=True, max_lora_rank=8, max_loras=2,
-        worker_extension_cls=f"{__name__}.SlowCommits",
-    )  # fmt: skip
-
     async def start() -> Any:
-        return AsyncLLM.from_engine_args(arguments)
+        lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+        return async_llm(base, worker_extension_cls=f"{__name__}.SlowCommits", **lora)
 
     made = asyncio.run_coroutine_threadsafe(start(), loop).result()
     asyncio.run_coroutine_threadsafe(made.collective_rpc("slow_commits"), loop).result()
