@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from lorasync.errors import MismatchError
-from lorasync.kernels import GroupedMerge, Int8Base, MergeJob, PackedBase, PlainBase, merge_job
+from lorasync.kernels import (
+    GroupedMerge,
+    Int8Base,
+    MergeJob,
+    PackedBase,
+    PlainBase,
+    dequantize_4bit,
+    merge_job,
+)
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.tune import Config
 from lorasync.merge import lora_delta, merge_dora, merge_lora
@@ -89,7 +97,7 @@ def test_all_mismatches_at_once() -> None:
 @pytest.mark.parametrize("storage", [torch.uint8, BF16])
 def test_packed_bases_are_bitsandbytes(quant_type: str, nested: bool, storage: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = torch.randn(48, 96).to(BF16)
+    weight = torch.randn(48, 128).to(BF16)
     data, state = functional.quantize_4bit(
         weight, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
     )
@@ -100,6 +108,20 @@ def test_packed_bases_are_bitsandbytes(quant_type: str, nested: bool, storage: t
     shard = base.rectangle(rows=(16, 40), cols=(3, 90))
     assert torch.equal(shard.dequantize(), base.dequantize()[16:40, 3:90])
     assert torch.equal(shard.rectangle(rows=(1, 3), cols=(2, 5)).dequantize(), shard.dequantize()[1:3, 2:5])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_blocks_that_go_on_in_the_next_row_keep_their_scale(nested: bool) -> None:
+    """On CPUs with AVX512 bitsandbytes 0.50.2 takes another block's."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = (torch.randn(48, 96) * torch.logspace(-2, 1, 48)[:, None]).to(BF16)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1, 64).long()
+    scales = state.absmax
+    if nested:
+        scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    exact = (state.code[codes] * scales[:, None]).view(48, 96).to(BF16)
+    assert torch.equal(dequantize_4bit(packed, state), exact)
 
 
 def test_int8_bases_are_bitsandbytes() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -179,6 +180,27 @@ def test_the_avx512_trap_is_real(tiny: str):
 
 # ── errors
 # ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_rows_that_this_cpu_reads_wrong_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whether bitsandbytes reads rows of 96 wrong is the CPU's doing; a kernel that does not is made to."""
+    path = str(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**{**TINY, "intermediate_size": 96})).save_pretrained(path)
+    monkeypatch.setattr(
+        functional, "dequantize_4bit", lambda packed, state: torch.zeros(state.shape).to(state.dtype)
+    )
+    with pytest.raises(
+        LoadError, match=r"reads 2 4-bit weights wrong on this CPU, .*down_proj.*skip_modules"
+    ):
+        load_quantized(path, NF4, device="cpu")
+    assert load_quantized(path, NF4, device="cpu", skip_modules=["down_proj", "lm_head"])
+
+
+def test_a_gpu_without_a_number_is_this_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert loader._device("cuda") == torch.device("cuda", 3)
+    assert loader._device("cuda:1") == torch.device("cuda", 1)
+    assert loader._device("cpu") == torch.device("cpu")
+
+
 def test_bitsandbytes_missing_or_too_old(tiny: str, monkeypatch: pytest.MonkeyPatch):
     def missing(_: str) -> str:
         raise PackageNotFoundError

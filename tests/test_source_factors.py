@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError, UnmergeableError
+from lorasync.kernels import dequantize_4bit
 from lorasync.merge import NEAREST, merge_low_rank, replace_rows
 from lorasync.source import FactorSource, FactorSpec, MergedSource
 from lorasync.source.base import read
@@ -140,7 +141,7 @@ def test_a_spec_of_another_version_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "fp4", "int8"])
 def test_the_packed_base_arrives_exactly(kind: str, tmp_path: Path) -> None:
-    from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+    from bitsandbytes.functional import QuantState, int8_vectorwise_dequant
 
     build("llama").save_pretrained(tmp_path)
     model = adapt(quantized(tmp_path, kind), target_modules=["q_proj"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lorasync.load import close_avx512_trap
 from lorasync.source import MergedSource
 from tests.test_source import quantized
 from tests.tiny import adapt, build, same_bits
@@ -40,6 +41,7 @@ def test_weights_that_accelerate_offloaded_are_read_where_they_are(where: str, t
 def test_the_bias_of_a_quantized_layer_is_scaled_as_in_forward(tmp_path: Path) -> None:
     build("qwen2").save_pretrained(tmp_path)
     model = adapt(quantized(tmp_path, "nf4"), target_modules=["q_proj"], lora_bias=True, lora_alpha=12)
+    close_avx512_trap(model)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     ours = dict(MergedSource(model))["model.layers.0.self_attn.q_proj.bias"]
     zero = torch.zeros(1, 32, dtype=torch.bfloat16)

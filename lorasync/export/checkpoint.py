@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
 from lorasync.export.writer import DTYPES
+from lorasync.kernels import dequantize_4bit
 from lorasync.merge import (
     NEAREST,
     Nearest,
@@ -236,9 +237,7 @@ class CheckpointSource:
     def _read(self, name: str) -> Tensor:
         state = self._state(name)
         if state is not None:
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight: Tensor = dequantize_4bit(self.base[name], state)
+            weight = dequantize_4bit(self.base[name], state)
         elif self._packed(name):
             from bitsandbytes.functional import int8_vectorwise_dequant
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a byte of a checkpoint is read; each check gives one clear error."""
+"""What can be known to be wrong, mostly before a byte of a checkpoint is read; each check gives one clear error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 from packaging.version import Version
 
 from lorasync.errors import LoadError
+from lorasync.kernels import dequantize_4bit
 from lorasync.memory import Weights, available_bytes, human
 from lorasync.presets import QuantPreset
+from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
     from transformers import PretrainedConfig
 
 _OLDEST_BITSANDBYTES = "0.46.1"
@@ -166,6 +169,32 @@ def check_fits(
             f"rest in {dtype_name(dtype)}). Free memory, take a smaller model, or pass check_memory=False "
             "to try anyway."
         )
+
+
+def check_dequantizes(path: object, model: nn.Module) -> None:
+    """Refuse weights that this CPU's forward would compute with wrong scales.
+
+    With AVX512, bitsandbytes 0.50.2 takes another block's scale in rows that are no whole number of blocks.
+    """
+    wrong = [name for name, module in model.named_modules() if _is_dequantized_wrong(module)]
+    if wrong:
+        raise LoadError(
+            f"{path}: bitsandbytes reads {len(wrong)} 4-bit weights wrong on this CPU, {', '.join(wrong[:3])} for instance: "
+            "got rows that are no multiple of 64 elements, expected them to be. Load onto a GPU, where they are read "
+            "right, or leave these out: skip_modules=[…]."
+        )
+
+
+def _is_dequantized_wrong(module: nn.Module) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device.type != "cpu" or is_sharded(weight):
+        return False
+    if state.shape[-1] % state.blocksize == 0:
+        return False
+    from bitsandbytes.functional import dequantize_4bit as as_forward_does
+
+    return not torch.equal(as_forward_does(weight.data, state), dequantize_4bit(weight.data, state))
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -14,6 +14,7 @@ from lorasync.load.checks import (
     agreed_preset,
     agreed_storage,
     check_bitsandbytes,
+    check_dequantizes,
     check_fits,
     dtype_name,
     error_line,
@@ -59,7 +60,8 @@ def load_quantized(
         dtype: dtype of what is not quantized, and of the arithmetic: the dtype of the DeepSpeed engine.
         ds_config: the DeepSpeed config that the model will be trained with, in any form that `check_zero`
             takes. Combinations that don't work are refused before anything is loaded.
-        device: where to load; by default this rank's GPU (``LOCAL_RANK``), or the CPU where there is none.
+        device: where to load; by default, and with ``"cuda"``, this rank's GPU (``LOCAL_RANK``), or the CPU where there
+            is none.
         storage_dtype: dtype that holds packed 4-bit weights; by default uint8, which every ZeRO stage keeps
             intact. FSDP2 needs ``dtype``.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -71,7 +73,7 @@ def load_quantized(
     Raises:
         LoadError: bitsandbytes is missing or too old, the path is wrong, the checkpoint is quantized in
             another way, a ``device_map`` was given, or the model does not fit. Nothing has been loaded
-            then.
+            then. Or the model was loaded, and this CPU's bitsandbytes reads some of its weights wrong.
         ZeroIncompatibilityError: the model would not work with ``ds_config``.
 
     Example:
@@ -96,6 +98,7 @@ def load_quantized(
             compute_dtype=dtype, storage_dtype=storage, **_skip_modules(from_pretrained)
         )
     model = _from_pretrained(path, dtype, place, progress, from_pretrained)
+    check_dequantizes(path, model)
     _make_trainable(model, dtype, gradient_checkpointing)
     model.lorasync_report = make_report(
         model,
@@ -130,11 +133,11 @@ def close_avx512_trap(model: nn.Module) -> int:
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
-    if asked is not None:
-        return torch.device(asked)
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    place = torch.device(("cuda" if on_gpu else "cpu") if asked is None else asked)
+    if place != torch.device("cuda"):
+        return place
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _skip_modules(from_pretrained: dict[str, Any]) -> dict[str, Any]:

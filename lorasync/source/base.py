@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasync.errors import AdapterError, UngatheredError
-from lorasync.kernels import PackedBase, PlainBase
+from lorasync.kernels import PackedBase, PlainBase, dequantize_4bit
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
 
@@ -136,8 +136,6 @@ def _onloaded(module: nn.Module, attr: str) -> Tensor:
 
 
 def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
     if getattr(state, "packing_format_for_cpu", False):
         raise AdapterError(
             f"{name}: got a weight that bitsandbytes repacked for AVX512 in an eval-mode forward, expected "
@@ -151,8 +149,7 @@ def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
             f"{name}: got {held} packed values, expected {expected}: a shard, or a foreign quant_state. "
             "Read it inside lorasync.zero.gathered()."
         )
-    weight: Tensor = dequantize_4bit(tensor.data, state)
-    return weight
+    return dequantize_4bit(tensor.data, state)
 
 
 def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
