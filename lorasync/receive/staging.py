@@ -20,12 +20,19 @@ T = TypeVar("T")
 
 
 class Staging:
-    """Collects the announced tensors on the device; nothing that is being served depends on it."""
+    """Collects the announced tensors on the device; nothing that is being served depends on it.
 
-    def __init__(self, manifest: Iterable[ManifestEntry], device: torch.device) -> None:
+    With ``pinned`` in host memory that a GPU reads and writes by itself: what was copied there is there once its stream
+    has come so far.
+    """
+
+    def __init__(
+        self, manifest: Iterable[ManifestEntry], device: torch.device, *, pinned: bool = False
+    ) -> None:
         self.expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self.received: dict[str, torch.Tensor] = {}
         self._device = device
+        self._pinned = pinned
         self._check = BucketCheck()
         self._room: dict[str, torch.Tensor] = {}
         self._spare: list[dict[str, torch.Tensor]] = []
@@ -69,7 +76,9 @@ class Staging:
 
     def _room_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self._room:
-            self._room[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            self._room[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device=self._device, pin_memory=self._pinned
+            )
         return self._room[name]
 
 

@@ -164,9 +164,12 @@ def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, en
     from vllm.lora.lora_model import LoRAModel
 
     lora_config = engine.vllm_config.lora_config
+    given = dict(tensors)
+    if helper.vllm_lora_scaling_factor != 1:  # vLLM scales B where it lies
+        given |= {n: _copied(t) for n, t in given.items() if ".lora_B." in n or ".lora_embedding_B" in n}
     built = LoRAModel.from_lora_tensors(
         number,
-        dict(tensors),
+        given,
         helper,
         device="cpu",
         dtype=lora_config.lora_dtype,
@@ -176,6 +179,10 @@ def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, en
     built.is_3d_lora_weight = False  # vLLM stamps it when it loads from disk
     built.pushed_by_lorasync = True
     return built
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, pin_memory=tensor.is_pinned()).copy_(tensor)
 
 
 def is_pushed(adapter: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from lorasync.errors import EngineClosedError, MismatchError, SyncError, Unmerge
 from lorasync.push import ServeAdapter, connect
 from lorasync.verify import adapter_effect
 from tests import models
+from tests.e2e import heap
 from tests.e2e.engines import PROMPTS, greedy, running_llm
-from tests.e2e.faults import children_of, from_the_middle, raising, shared_memory
+from tests.e2e.faults import from_the_middle, raising, shared_memory
+from tests.e2e.growth import Sample, growing
 from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(420)
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.timeout(420)
 @pytest.fixture(scope="module", params=["another process", "this process"])
 def slots(request, base):
     lora = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 2}
-    with running_llm(base, in_process=request.param == "this process", dtype="float32", **lora) as llm:
+    here = request.param == "this process"
+    measured = {} if here else heap.MEASURED
+    with running_llm(base, in_process=here, dtype="float32", **lora, **measured) as llm:
         yield llm
 
 
@@ -59,6 +62,23 @@ def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, 
         assert greedy(slots, **sync.request()) == second
         assert len(_adapters(slots)) == 2
     assert not _adapters(slots)
+
+
+def test_a_version_that_comes_back_into_the_only_place_is_what_it_was(base):
+    """It is built anew from what the worker has kept, whose B vLLM must not have scaled already."""
+    policy = tiny(base)
+    alone = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_cpu_loras": 1}
+    with (
+        running_llm(base, in_process=True, dtype="float32", **alone) as llm,
+        connect(ls.FactorSource(policy), llm, ServeAdapter("policy")) as sync,
+    ):
+        sync.send_weights()
+        first = greedy(llm, **sync.request())
+        models.move(policy, seed=5)
+        sync.send_weights()
+        assert greedy(llm, **sync.request()) != first
+        sync.rollback()
+        assert greedy(llm, **sync.request()) == first
 
 
 @pytest.mark.parametrize(
@@ -145,18 +165,20 @@ def _add(llm: Any, name: str, **request: Any) -> None:
 
 @pytest.mark.parametrize("pushes", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_pushes_leave_no_adapter_file_or_memory_behind(slots, base, monkeypatch, pushes):
-    policy, warm_up = tiny(base, r=64), 10
+    policy, warm_up, samples = tiny(base, r=64), 10, []
     with connect(ls.FactorSource(policy), slots, ServeAdapter("policy")) as sync:
         for number in range(pushes):
             if number == warm_up:
-                files, held = _files(), _resident(slots)
+                files = _files()
             monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", (0, 4 << 20)[number % 2])
             models.move(policy, seed=number)
             size = sync.send_weights().bytes
             greedy(slots, tokens=1, **sync.request())
             assert len(_adapters(slots)) <= 2
+            if number >= warm_up and number % 4 == 0:
+                samples.append(Sample(number, _allocated(slots)))
         assert _files() == files
-        assert _resident(slots) - held < size * (pushes - warm_up) / 4
+        assert growing(samples, {"live heap in KB": size / 1024 / 16}) == {}
     assert not _adapters(slots)
     assert not shared_memory()
 
@@ -169,18 +191,11 @@ def _files() -> set[Path]:
     return shared_memory() | set(Path(tempfile.gettempdir()).glob("*lorasync*"))
 
 
-def _resident(llm: Any) -> int:
-    """Bytes of all processes of the engine."""
-    core = llm.llm_engine.engine_core
-    processes = {os.getpid()}
-    if not hasattr(core, "engine_core"):
-        processes = {
-            p
-            for child in core.resources.engine_manager.processes
-            for p in (child.pid, *children_of(child.pid))
-        }
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes)
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _allocated(llm: Any) -> dict[str, float]:
+    """KB that are allocated in each process of the engine, the trainer's among them."""
+    core_is_here = hasattr(llm.llm_engine.engine_core, "engine_core")
+    found = heap.live() if core_is_here else heap.live_in(llm)
+    return {name: held for name, held in found.items() if name.endswith("live heap in KB")}
 
 
 def test_an_adapter_does_not_open_an_engine_that_a_merged_push_left_torn(slots, base):
