@@ -17,11 +17,12 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
+from weakref import WeakValueDictionary
 
 import safetensors
 import safetensors.torch
@@ -30,7 +31,7 @@ import torch
 from lorasync import errors
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
 
-PROTOCOL = 3
+PROTOCOL = 4
 INLINE_LIMIT = 4 << 20
 """Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
 
@@ -87,6 +88,7 @@ class Control:
 
     ``expected`` is the version that the trainer believes is served (a commit is a compare-and-swap), ``in_flight``
     the versions that unfinished requests name, ``background`` lets the worker stage while the engine generates.
+    ``digest`` is that of a commit: of all buckets of the version, in their order.
     """
 
     op: ControlOp
@@ -101,11 +103,14 @@ class Control:
     expected: int = 0
     in_flight: tuple[int, ...] = ()
     background: bool = False
+    digest: str = ""
     bucket: Any = None
 
     def __post_init__(self) -> None:
         _check_op(self.op, ControlOp)
-        texts = {n: getattr(self, n) for n in ("lorasync", "session", "mailbox", "apply", "manifest")}
+        texts = {
+            n: getattr(self, n) for n in ("lorasync", "session", "mailbox", "apply", "manifest", "digest")
+        }
         _check_types(texts, str)
         _check_types({n: getattr(self, n) for n in ("protocol", "call", "version", "expected")}, int)
         in_flight = list(self.in_flight) if isinstance(self.in_flight, (list, tuple)) else [self.in_flight]
@@ -307,6 +312,11 @@ def digest_of_text(text: str) -> str:
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
+def digest_of_parts(digests: Sequence[str]) -> str:
+    """One digest of consecutive buckets'; empty where they had none, inside one process."""
+    return digest_of_text("".join(digests)) if any(digests) else ""
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as a flat uint8 tensor (a view where the tensor is contiguous)."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -331,7 +341,8 @@ class Mailbox:
     """A private folder in shared memory: payload files go one way, one JSON reply a rank and call the other.
 
     Made by the trainer (mode 0700), read by workers of the same user on the same host. A worker elsewhere
-    finds no folder and replies nothing: its errors still arrive as exceptions.
+    finds no folder and replies nothing: its errors still arrive as exceptions. One in the trainer's own process opens
+    the trainer's own object, and its replies touch no file.
 
     The trainer holds a lock on the file ``owner`` (its process id is in it) for as long as it lives; the kernel lets
     go of it however the trainer dies. So the folder of a dead one is told from that of a live one, in any container.
@@ -340,6 +351,7 @@ class Mailbox:
     def __init__(self, folder: Path, owner: int | None = None) -> None:
         self.folder = folder
         self._owner = owner
+        self._replies: dict[int, dict[int, dict[str, Any]]] = {}  # from workers in this process
 
     @classmethod
     def create(cls) -> Mailbox:
@@ -348,7 +360,9 @@ class Mailbox:
         root = shared_memory_root()
         with _room_in(root / _OWNER, 0):
             folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=root))
-            return cls(folder, _own(folder))
+            box = cls(folder, _own(folder))
+        _made_here[os.getpid(), str(folder)] = box
+        return box
 
     @classmethod
     def open(cls, folder: str) -> Mailbox | None:
@@ -357,6 +371,9 @@ class Mailbox:
         Raises:
             PayloadError: if the path leads out of the shared-memory folder or belongs to somebody else.
         """
+        mine = _made_here.get((os.getpid(), folder))
+        if mine is not None:
+            return mine
         path = Path(folder)
         if not folder or not path.exists():
             return None
@@ -382,7 +399,14 @@ class Mailbox:
             raise PayloadError(f"payload: got the path {name!r}, expected a file name. Nothing was applied.")
         return self.folder / name
 
+    @property
+    def exists(self) -> bool:
+        return self._owner is not None or self.folder.exists()
+
     def reply(self, call: int, rank: int, body: Mapping[str, Any]) -> None:
+        if self._owner is not None:
+            self._replies.setdefault(call, {})[rank] = dict(body)
+            return
         path = self.folder / f"{call}-{rank}.json"
         half = path.with_suffix(".part")
         half.write_text(json.dumps(body))
@@ -390,7 +414,9 @@ class Mailbox:
 
     def collect(self, call: int) -> dict[int, dict[str, Any]]:
         """The replies to a call by rank; each is read once."""
-        found = {}
+        found = self._replies.pop(call, {})
+        if found:
+            return found
         for path in sorted(self.folder.glob(f"{call}-*.json")):
             found[int(path.stem.split("-")[1])] = json.loads(path.read_text())
             path.unlink()
@@ -405,10 +431,15 @@ class Mailbox:
         return (self.folder / _OUTDATED).exists()
 
     def remove(self) -> None:
+        _made_here.pop((os.getpid(), str(self.folder)), None)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._owner is not None:
             os.close(self._owner)
             self._owner = None
+
+
+_made_here: WeakValueDictionary[tuple[int, str], Mailbox] = WeakValueDictionary()
+"""By process, as a forked one inherits this; and by folder."""
 
 
 def sweep() -> list[Path]:

@@ -98,8 +98,9 @@ def test_a_truncated_file_is_refused(tmp_path):
         wire.read_safetensors(path)
 
 
-def test_the_folder_is_private_and_leads_nowhere_else(tmp_path):
+def test_the_folder_is_private_and_leads_nowhere_else(tmp_path, monkeypatch):
     box = wire.Mailbox.create()
+    monkeypatch.setattr(wire, "_made_here", {})  # as in another process
     try:
         assert box.folder.stat().st_mode & 0o777 == 0o700
         assert wire.Mailbox.open(str(box.folder)) is not None
@@ -115,16 +116,19 @@ def test_the_folder_is_private_and_leads_nowhere_else(tmp_path):
     assert wire.Mailbox.open(str(box.folder)) is None
 
 
-def test_replies_are_read_once_by_rank():
-    box = wire.Mailbox.create()
+@pytest.mark.parametrize("here", [True, False], ids=["one process", "two processes"])
+def test_replies_are_read_once_by_rank(here):
+    made = wire.Mailbox.create()
+    box = wire.Mailbox.open(str(made.folder)) if here else wire.Mailbox(made.folder)
     try:
+        assert (box is made) == here
         box.reply(3, 1, {"ok": True})
         box.reply(3, 0, {"ok": False})
         box.reply(4, 0, {"ok": True})
-        assert box.collect(3) == {0: {"ok": False}, 1: {"ok": True}}
-        assert box.collect(3) == {}
+        assert made.collect(3) == {0: {"ok": False}, 1: {"ok": True}}
+        assert made.collect(3) == {}
     finally:
-        box.remove()
+        made.remove()
 
 
 def test_a_worker_s_error_arrives_as_the_same_error():

@@ -33,6 +33,7 @@ CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13, torch.float32: 0
 fp32's error may come near an ulp: such an element is computed again in fp64."""
 
 FACTOR_BLOCK, MEND_PROGRAMS = 128, 1024
+_RUNS_BEFORE_GRAPH = 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Launch:
             variant.device
         )
         self._max_features = max(job.lora_b.shape[0] for job in jobs)
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def prime(self) -> None:
         """Compile and load every kernel by a launch on no job: it reads and writes nothing."""
@@ -83,7 +86,32 @@ class Launch:
         self._run(empty, torch.full((1,), -1, dtype=torch.int32, device=self.variant.device), 1, 1)
 
     def run(self) -> None:
-        """Launch on the current stream."""
+        """Launch on the current stream; from the second time on as a CUDA graph, for a tenth of the host's time."""
+        if self.variant.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            self._run_all()
+            return
+        self._runs += 1
+        if self._runs == _RUNS_BEFORE_GRAPH:
+            self._graph = self._captured()
+        if self._graph is None:
+            self._run_all()
+        else:
+            self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Without the collection of garbage and the emptied cache that come with `torch.cuda.graph`."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.variant.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.variant.device))
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._run_all()
+            finally:
+                graph.capture_end()
+        return graph
+
+    def _run_all(self) -> None:
         for (lora_a, lora_b), (source_a, source_b) in self._factors:
             if lora_a is not source_a:
                 lora_a.copy_(source_a)

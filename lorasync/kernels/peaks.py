@@ -11,7 +11,7 @@ import torch
 from lorasync.kernels.jobs import FLOATS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -59,7 +59,11 @@ class Peaks:
 
     def now(self) -> list[float]:
         """Look at what the tensors hold at this moment; NaN where a tensor holds one."""
+        return self.start()()
+
+    def start(self) -> Callable[[], list[float]]:
+        """Let the GPU look at what the tensors hold at this moment; what is returned waits for its answer."""
         if self._scan is not None:
-            found: list[float] = self._scan.run().tolist()
-            return found
-        return [largest(tensor) for tensor in self._tensors]
+            answer: Callable[[], list[float]] = self._scan.run().tolist
+            return answer
+        return lambda: [largest(tensor) for tensor in self._tensors]

@@ -64,9 +64,9 @@ class Replicas:
         return next((session.closed for session in self.sessions if session.closed), "")
 
     @property
-    def outdated(self) -> bool:
-        """Whether none of them serves what was pushed here: of several the others go on."""
-        return all(session.outdated for session in self.sessions)
+    def outdated(self) -> list[str]:
+        """The names of those that serve another trainer's versions."""
+        return [session.name for session in self.sessions if session.outdated]
 
     @property
     def hold_adapter(self) -> bool:
@@ -180,7 +180,9 @@ class Replicas:
             except BaseException as error:
                 return error
 
-        here = [s for s in self.sessions if s.target.in_process or len(self.sessions) == 1]
+        if len(self.sessions) == 1:
+            return {session.name: outcome(session) for session in self.sessions}
+        here = [s for s in self.sessions if s.target.in_process]
         there = [s for s in self.sessions if s not in here]
         with ThreadPoolExecutor(max(len(there), 1), thread_name_prefix="lorasync-engine") as pool:
             waiting = {s.name: pool.submit(outcome, s) for s in there}

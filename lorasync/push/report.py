@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasync.lent import Lent
-from lorasync.wire import digest_of_text
+from lorasync.wire import digest_of_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,8 +29,8 @@ class SyncReport:
         bytes: their size, in bytes.
         seconds: wall time by stage: ``source`` (gather and merge on the trainer), ``wire`` (write, send, read),
             ``apply`` (inside the slowest worker), ``total``.
-        digest: xxh3-128 over what was sent, as each rank found it too; empty where tensors were handed over inside
-            one process.
+        digest: xxh3-128 over what was sent, as each rank has found it in what it staged and in what it applied; empty
+            where tensors were handed over inside one process.
         ranks: how many workers confirmed; 0 where they can't answer (another host).
         delta_survival: how much of the update's norm is left after rounding to the served dtype, from 0 to 1;
             ``None`` where nothing is merged on this side.
@@ -87,8 +87,7 @@ class Totals:
         else:
             for tensor in bucket.values():
                 self.count(tensor)
-        if bucket_digest:
-            self.digests.append(bucket_digest)
+        self.digests.append(bucket_digest)
         self.apply += applying
         self.sending += sending
 
@@ -105,7 +104,7 @@ class Totals:
             tensors=self.tensors,
             bytes=self.bytes,
             seconds=seconds,
-            digest=digest_of_text("".join(self.digests)) if self.digests else "",
+            digest=digest_of_parts(self.digests),
             ranks=ranks,
             stall_seconds=stall,
         )

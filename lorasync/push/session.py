@@ -9,8 +9,17 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasync import __version__
-from lorasync.errors import LorasyncError, SyncError, SyncTimeoutError
-from lorasync.wire import ADAPTER_IDS, PROTOCOL, Control, ControlOp, Mailbox, Update, error_from_dict
+from lorasync.errors import LorasyncError, PayloadError, SyncError, SyncTimeoutError
+from lorasync.wire import (
+    ADAPTER_IDS,
+    PROTOCOL,
+    Control,
+    ControlOp,
+    Mailbox,
+    Update,
+    digest_of_parts,
+    error_from_dict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +52,7 @@ class EngineSession:
         self._timeout = timeout
         self._token = secrets.token_hex(8)
         self._calls = 0
+        self._sent: list[str] = []  # the digests of the buckets of the version that is on its way
         self._mailbox = Mailbox.create()
         self._remove = weakref.finalize(self, self._mailbox.remove)
 
@@ -93,11 +103,16 @@ class EngineSession:
             call=call,
             **payload.fields(self),
         )
-        if not beside:
-            return _slowest(self._answered(lambda: self.target.update(_as_dict(update)), call=call))
-        background = self.ranks > 0 and not self.target.in_process
-        self.control("stage", bucket=_as_dict(update), call=call, background=background)
-        return _slowest(self._replies_to(call)) if background else 0.0
+        background = beside and self.ranks > 0 and not self.target.in_process
+        if beside:
+            replies = self.control("stage", bucket=_as_dict(update), call=call, background=background)
+            replies = self._replies_to(call) if background else replies
+        else:
+            replies = self._answered(lambda: self.target.update(_as_dict(update)), call=call)
+        _check_digests(replies, update.digest, "staged")
+        if op == "bucket":
+            self._sent.append(update.digest)
+        return _slowest(replies)
 
     def start(self) -> None:
         try:
@@ -116,9 +131,14 @@ class EngineSession:
         Raises:
             StaleVersionError: if somebody else has pushed meanwhile.
         """
+        digest, self._sent = digest_of_parts(self._sent), []
         try:
             replies = self.control(
-                "commit", version=version, expected=self.version, in_flight=self.in_flight()
+                "commit",
+                version=version,
+                expected=self.version,
+                digest=digest,
+                in_flight=self.in_flight(),
             )
         except SyncTimeoutError:
             if not self._serves(version):  # the answer may be all that was lost
@@ -126,6 +146,7 @@ class EngineSession:
             replies = {}
         served = {reply["version"] for reply in replies.values()}
         assert served <= {version}, f"ranks serve versions {served}"
+        _check_digests(replies, digest, "applied")
         self.version, self.closed = version, ""
         return _slowest(replies)
 
@@ -135,6 +156,7 @@ class EngineSession:
 
     def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
         """Tell the workers to give the update up, and find out what they serve; never raises."""
+        self._sent = []
         call = self._next_call()
         update = _as_dict(Update(op="abort", session=self._token, version=version, call=call))
         with contextlib.suppress(Exception):
@@ -293,6 +315,21 @@ def _raise_failed(replies: Replies, cause: BaseException | None = None) -> None:
     failed = {rank: r for rank, r in replies.items() if not r["ok"]}
     if failed:
         raise error_from_dict(failed[min(failed)]["error"]) from cause
+
+
+def _check_digests(replies: Replies, expected: str, done: str) -> None:
+    """Compare what each rank says of its bytes with what was sent.
+
+    Raises:
+        PayloadError: naming the ranks with others.
+    """
+    others = {
+        rank: str(r.get("digest", "")) for rank, r in replies.items() if r.get("digest", "") != expected
+    }
+    if others:
+        raise PayloadError(
+            f"ranks {sorted(others)} have {done} other bytes than were sent: digests {others}, expected {expected}."
+        )
 
 
 def _slowest(replies: Replies) -> float:

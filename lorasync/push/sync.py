@@ -231,16 +231,12 @@ class Sync:
 
         Raises:
             EngineClosedError: if a push died half-way and none has completed since.
-            SyncError: if another trainer has pushed meanwhile; or if an adapter is asked for before the first push or
-                after `shutdown`. A request that names an adapter which is gone would end the whole engine.
+            SyncError: if another trainer has pushed to an engine meanwhile; or if an adapter is asked for before the
+                first push or after `shutdown`. A request that names an adapter which is gone would end the whole engine.
         """
         if self.closed:
             raise EngineClosedError(self.closed)
-        if self._engines and self._engines.outdated:
-            raise SyncError(
-                f"request: another trainer has taken the engine over, expected it to serve version {self.version} of "
-                "this one. connect() again."
-            )
+        self._check_ours()
         if not isinstance(self.apply, ServeAdapter):
             return {}
         if not self._names_adapter:
@@ -370,6 +366,17 @@ class Sync:
             raise EngineNotReadyError(
                 f"{tight[0].name}: max_cpu_loras: got 1, expected at least 2: while a version is replaced, requests in "
                 "flight still need the one before. Start the engine with max_cpu_loras=4 (host memory only)."
+            )
+
+    def _check_ours(self) -> None:
+        taken = self._engines.outdated if self._engines else []
+        if taken:
+            one, all_of_them = len(self.engines) == 1, len(self.engines) == len(taken)
+            who = "the engine" if one else ", ".join(taken)
+            without = " and ".join(f"leave_out({name!r})" for name in taken)
+            raise SyncError(
+                f"request: another trainer has taken {who} over, expected version {self.version} of this one to be "
+                f"served. {'' if all_of_them else f'Go on with the others: {without}; or '}connect() again."
             )
 
     def _accompany(self) -> SyncReport:

@@ -33,6 +33,7 @@ from lorasync.wire import (
     Control,
     Mailbox,
     Update,
+    digest_of_parts,
     error_as_dict,
     message,
     read_safetensors,
@@ -66,6 +67,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._copies: dict[str, CopiedBases] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
         self._staging: Future[None] | None = None
+        self._digests: list[str] = []  # of the buckets that have come of the next version
 
     # ------------------------------------------------------------------------- vLLM's four calls
 
@@ -127,7 +129,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._gpu.close()
         self._session = control.session
         # Trainers that were taken over from may still call: each is answered in its own mailbox while that exists.
-        self._mailboxes = {s: box for s, box in self._mailboxes.items() if box.folder.exists()}
+        self._mailboxes = {s: box for s, box in self._mailboxes.items() if box.exists}
         box = Mailbox.open(control.mailbox)
         if box is not None:
             self._mailboxes[control.session] = box
@@ -149,7 +151,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._abort(applier)
             raise SyncError("The trainer gave up the update.")
         try:
-            bucket = self._bucket_of(update)
+            bucket, found_digest = self._bucket_of(update)
             if isinstance(applier, LoadApplier) and update.op == "bucket":
                 found = applier.receive(bucket)
             else:
@@ -157,12 +159,15 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
                 found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
             if update.gpu:  # once it has its answer the trainer writes there again
                 vllm_parts.wait_for_stream(self.device)
-            return found
+            if update.op == "bucket":
+                self._digests.append(found_digest)
+            return {**found, "digest": found_digest}
         except BaseException:
             self._abort(applier)
             raise
 
     def _abort(self, applier: Applier) -> None:
+        self._digests = []
         if applier.undo():
             self.weights_pushed = True
             self.closed = (
@@ -192,6 +197,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if self.closed and not applier.changes_weights:
             self._abort(applier)
             raise EngineClosedError(self.closed)
+        digest = digest_of_parts(self._digests)
+        if control.digest != digest:
+            self._abort(applier)
+            raise PayloadError(
+                f"version {control.version}: its buckets have digest {digest or 'none'} here, expected "
+                f"{control.digest or 'none'}: one is missing, or came twice. It is not served."
+            )
         try:
             self._outdate_others(control.session)
             found = applier.commit(control.version, control.in_flight)
@@ -203,7 +215,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self.version = control.version
         self.closed = ""
         self.weights_pushed |= applier.changes_weights
-        return found
+        self._digests = []
+        return {**found, "digest": digest}
 
     def _rollback(self, control: Control) -> dict[str, Any]:
         found = self._applier_of(control.session).rollback(control.in_flight)
@@ -223,7 +236,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def _outdate_others(self, session: str) -> None:
         """Before what earlier trainers have pushed goes: VLLM ends the whole engine when a request names a lost adapter."""
         for name, box in self._mailboxes.items():
-            if name != session and box.folder.exists():
+            if name != session and box.exists:
                 box.outdate()
 
     def _digest(self) -> dict[str, Any]:
@@ -262,15 +275,20 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             )
         return self._applier
 
-    def _bucket_of(self, update: Update) -> dict[str, torch.Tensor | PendingMerge]:
+    def _bucket_of(self, update: Update) -> tuple[dict[str, torch.Tensor | PendingMerge], str]:
+        """The bucket, and the digest of what has come.
+
+        Raises:
+            PayloadError: if it is not what the trainer has sent.
+        """
         self._here = update.tensors is not None
         if self._here:
             given: dict[str, torch.Tensor | PendingMerge] = (
                 update.tensors
             )  # itself: it may be one that comes again
-            return given
+            return given, ""
         if update.gpu:
-            return self._gpu.read(update.gpu, update.layout, update.digest)
+            return self._gpu.read(update.gpu, update.layout, update.digest), update.digest
         if update.path:
             if update.session not in self._mailboxes:
                 raise PayloadError(
@@ -279,11 +297,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             tensors = read_safetensors(self._mailboxes[update.session].payload(update.path))
         else:
             tensors = unpack(update.payload)
-        if digest_of(tensors) != update.digest:
+        found = digest_of(tensors)
+        if found != update.digest:
             raise PayloadError(
                 f"bucket: the digest differs from {update.digest or 'none'}: bytes were altered. Not applied."
             )
-        return dict(tensors)
+        return dict(tensors), found
 
     def _check_protocol(self, control: Control) -> None:
         if control.protocol != PROTOCOL:
@@ -313,7 +332,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._reply(call, {"ok": True, **body}, before, mailbox)
 
     def _reply(self, call: int, body: dict[str, Any], before: float, mailbox: Mailbox | None) -> bool:
-        if mailbox is None or not mailbox.folder.exists():
+        if mailbox is None or not mailbox.exists:
             return False
         state = {
             "version": self.version,

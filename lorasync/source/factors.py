@@ -238,9 +238,9 @@ class FactorSource:
         Raises:
             NonFiniteError: Something is NaN or Inf; raised before the first tensor, with every name.
         """
-        plan = self._plan()
-        if self.check_finite:
-            plan.finite()
+        yield from self._copies(self._checked())
+
+    def _copies(self, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
         for names in blocks(list(plan.tensors)):
             with whole([plan.tensors[name] for name in names]) as gathered:
                 for name in names:
@@ -252,11 +252,9 @@ class FactorSource:
         Raises:
             NonFiniteError: As iteration does.
         """
-        plan = self._plan()
+        plan = self._checked()
         if plan.sharded and any(map(is_sharded, plan.tensors.values())):
-            return NOTHING, iter(self)
-        if self.check_finite:
-            plan.finite()
+            return NOTHING, self._copies(plan)
         lent = self._lent.get(
             plan, list(plan.tensors.values()), lambda: Lent({n: Held(t) for n, t in plan.tensors.items()})
         )
@@ -320,6 +318,15 @@ class FactorSource:
                 "Use MergedSource, which merges every method that PEFT can merge."
             )
         return names[0]
+
+    def _checked(self) -> _Plan:
+        """The plan of a pass, whose values are finite: a GPU looks at them while the model's structure is compared."""
+        before = self._planned
+        end = before.finite.begin() if before is not None and self.check_finite else None
+        plan = self._plan()
+        if self.check_finite:
+            (end if end is not None and plan is before else plan.finite.begin())()
+        return plan
 
     def _plan(self) -> _Plan:
         """What there is to send, looked for again if the model is not built as it was."""

@@ -47,6 +47,7 @@ class FiniteCheck:
 
     def __init__(self, inputs: Sequence[Input], before: FiniteCheck | None = None) -> None:
         self._inputs = tuple(inputs)
+        self._tensors = [each.tensor for each in inputs]
         self._sharded = any(can_be_sharded(each.tensor) for each in inputs)
         self._states: dict[str, tuple[int, int, int]] = dict(before._states) if before else {}
         self._peaks: dict[str, float] = dict(before._peaks) if before else {}
@@ -54,7 +55,26 @@ class FiniteCheck:
         self._scans: list[tuple[list[int], Peaks]] = []
         self._alone: list[int] = []
 
-    def __call__(self) -> dict[str, float]:
+    def begin(self) -> Callable[[], object]:
+        """Check the tensors as they are, frozen ones too; a GPU looks at them meanwhile.
+
+        Returns:
+            What ends the check, and raises `NonFiniteError` with the name of every bad tensor.
+        """
+        if self._sharded:
+            return self.peaks
+        look = self._look_at(self._tensors)
+
+        def end() -> None:
+            peaks = look()
+            if not math.isfinite(sum(peaks)):
+                _refuse(
+                    [i.name for i, peak in zip(self._inputs, peaks, strict=True) if not math.isfinite(peak)]
+                )
+
+        return end
+
+    def peaks(self) -> dict[str, float]:
         """Check the tensors as they are and return the largest absolute value of each.
 
         Raises:
@@ -65,7 +85,7 @@ class FiniteCheck:
             if not each.tensor.requires_grad and self._states.get(each.name) != (s := self._state(each)):
                 self._states[each.name], self._peaks[each.name] = s, self._frozen_peak(each)
         locals_ = [self._local(each.tensor) for each in trained]
-        self._peaks.update(zip([each.name for each in trained], self._peaks_of(locals_), strict=True))
+        self._peaks.update(zip([each.name for each in trained], self._look_at(locals_)(), strict=True))
         peaks = {each.name: self._peaks[each.name] for each in self._inputs}
         if self._sharded and any(is_sharded(each.tensor) for each in self._inputs):
             peaks = dict(zip(peaks, _everywhere(list(peaks.values())), strict=True))
@@ -84,18 +104,22 @@ class FiniteCheck:
     def _local(self, tensor: Tensor) -> Tensor:
         return _local(tensor) if self._sharded else tensor
 
-    @torch.no_grad()
-    def _peaks_of(self, tensors: list[Tensor]) -> list[float]:
+    def _look_at(self, tensors: list[Tensor]) -> Callable[[], list[float]]:
         """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
         lie = [tensor.data_ptr() for tensor in tensors]
         if lie != self._lie:
             self._lie, (self._scans, self._alone) = lie, _scans(tensors)
-        peaks = [math.nan] * len(tensors)
-        for members, scan in self._scans:
-            for index, peak in zip(members, scan.now(), strict=True):
-                peaks[index] = peak
-        for index in self._alone:
-            peaks[index] = largest(tensors[index])
+        started = [(members, scan.start()) for members, scan in self._scans]
+
+        def peaks() -> list[float]:
+            found = [math.nan] * len(tensors)
+            for members, look in started:
+                for index, peak in zip(members, look(), strict=True):
+                    found[index] = peak
+            for index in self._alone:
+                found[index] = largest(tensors[index])
+            return found
+
         return peaks
 
 

@@ -199,7 +199,7 @@ class MergedSource:
         if not self.untie:
             check_updates(plan.tied)
         if self.check_finite:
-            check_fits(plan.fits, plan.finite())
+            check_fits(plan.fits, plan.finite.peaks())
         else:
             _try_general(plan.stored.values())
         return plan

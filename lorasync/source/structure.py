@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from operator import is_
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.nn.modules.module import (
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_SHAPE = attrgetter("shape")
 
 
 class Structure:
@@ -42,14 +45,17 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._changes = _Changes(model)
-        self._layers: list[Any] = [m for m in model.modules() if isinstance(m, ADAPTER_MODULES)]
-        self._places: list[tuple[dict[str, Any], str]] = [
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, ADAPTER_MODULES)]
+        self._layers = [layer.__dict__ for layer in layers]
+        places: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
-            for layer in self._layers
+            for layer in layers
             for module in layer.modules()
             for name, param in module._parameters.items()
             if param is not None
         ]
+        self._holders = [held for held, _ in places]
+        self._names = [name for _, name in places]
         self._params = self._held()
         self._sharded = any(map(can_be_sharded, self._params))
         now = self._now(self._params)  # with lists and dicts that change in place
@@ -63,15 +69,17 @@ class Structure:
         return all(map(is_, params, self._params)) and self._states == self._now(params)
 
     def _held(self) -> list[Any]:
-        return [held.get(name) for held, name in self._places]
+        return list(map(dict.get, self._holders, self._names))
 
     def _now(self, params: list[Any]) -> list[Any]:
-        """Hundreds of parameters and layers, at each push: no properties, few calls."""
+        """Hundreds of parameters and layers, at each push: loops without Python in them."""
         found: list[Any] = [can_be_sharded(param) for param in params[:1]]
-        found += map(full_shape, params) if self._sharded else [param.shape for param in params]
-        states = [layer.__dict__ for layer in self._layers]
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # bitsandbytes' packed parameters are slow to ask otherwise
+            found += map(full_shape if self._sharded else _SHAPE, params)
         for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling"):
-            found += [state.get(name) for state in states]
+            found += map(dict.get, self._layers, repeat(name))
         return found
 
 

@@ -170,6 +170,7 @@ STRATEGIES = {
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: str) -> Iterator[Any]:
+    """Tests with it come before those with engines in other processes, whose end takes vLLM's groups along."""
     with running(checkpoint) as llm:
         yield llm
 
@@ -211,6 +212,38 @@ def test_an_adapter_from_memory_answers_as_one_from_disk(
         from_disk = first_tokens(engine, lora_request=LoRARequest("disk", 7, str(tmp_path / "adapter")))
         assert from_memory == from_disk
         assert not alike(from_memory, first_tokens(engine))
+
+
+@pytest.mark.parametrize("strategy", ["merged", "factors-device", "adapter"])
+def test_a_thousand_pushes_take_no_gpu_memory(engine: Any, checkpoint: str, strategy: str) -> None:
+    """Trainer and worker share the process here, so torch counts for both."""
+    policy = a_policy(checkpoint)
+    load(engine, checkpoint)
+    every = {**STRATEGIES, "adapter": lambda p: (ls.FactorSource(p), ServeAdapter("policy"))}
+    source, apply = every[strategy](policy)
+    with connect(source, engine, apply) as sync:
+        seen = []
+        for push in range(1000):
+            sync.send_weights()
+            if push % 100 == 99:
+                torch.cuda.synchronize()
+                seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(seen[1:])) == 1, seen
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "nf4"])
+def test_both_strategies_leave_the_same_weights(engine: Any, checkpoint: str, quantized: bool) -> None:
+    policy = a_policy(checkpoint, quantized=quantized)
+    load(engine, checkpoint)
+    left = {}
+    for strategy in ("factors-nf4" if quantized else "factors-device", "merged"):
+        source, apply = STRATEGIES[strategy](policy)
+        with connect(source, engine, apply) as sync:
+            sync.send_weights()
+        left[strategy] = served(engine)
+    one, other = left.values()
+    differ = {name: int((one[name] != other[name]).sum()) for name in one}
+    assert not any(differ.values()), {name: n for name, n in differ.items() if n}
 
 
 @pytest.mark.parametrize("settings", [{}, {"enable_lora": False, "quantization": "fp8"}], ids=["bf16", "fp8"])
@@ -279,35 +312,3 @@ def test_weights_survive_sleep_and_come_back_by_a_push(checkpoint: str, tmp_path
         llm.wake_up()
         sync.send_weights()
         assert first_tokens(llm) == pushed
-
-
-@pytest.mark.parametrize("strategy", ["merged", "factors-device", "adapter"])
-def test_a_thousand_pushes_take_no_gpu_memory(engine: Any, checkpoint: str, strategy: str) -> None:
-    """Trainer and worker share the process here, so torch counts for both."""
-    policy = a_policy(checkpoint)
-    load(engine, checkpoint)
-    every = {**STRATEGIES, "adapter": lambda p: (ls.FactorSource(p), ServeAdapter("policy"))}
-    source, apply = every[strategy](policy)
-    with connect(source, engine, apply) as sync:
-        seen = []
-        for push in range(1000):
-            sync.send_weights()
-            if push % 100 == 99:
-                torch.cuda.synchronize()
-                seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert len(set(seen[1:])) == 1, seen
-
-
-@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "nf4"])
-def test_both_strategies_leave_the_same_weights(engine: Any, checkpoint: str, quantized: bool) -> None:
-    policy = a_policy(checkpoint, quantized=quantized)
-    load(engine, checkpoint)
-    left = {}
-    for strategy in ("factors-nf4" if quantized else "factors-device", "merged"):
-        source, apply = STRATEGIES[strategy](policy)
-        with connect(source, engine, apply) as sync:
-            sync.send_weights()
-        left[strategy] = served(engine)
-    one, other = left.values()
-    differ = {name: int((one[name] != other[name]).sum()) for name in one}
-    assert not any(differ.values()), {name: n for name, n in differ.items() if n}
