@@ -113,6 +113,7 @@ class Bench:
         self.seen: dict[str, dict[str, Tensor]] = {}
         self.digests: dict[str, Any] = {}
         self.drifts: dict[str, float] = {}
+        self.first = 0.0
         began = time.perf_counter()
         self.policy = parts.make_policy(options, folder)
         say(f"policy ready after {time.perf_counter() - began:.0f} s")
@@ -177,8 +178,11 @@ class Bench:
         import lorasync as ls
         from lorasync.push import connect
 
+        began = time.perf_counter()
         with connect(ls.MergedSource(self.policy, dtype=self.dtype), self.llm) as sync:
             sync.send_weights()
+            synchronize()
+        self.first = time.perf_counter() - began
 
     def synced(self, name: str, base: str | None = None) -> None:
         began = time.perf_counter()
@@ -282,6 +286,7 @@ class Bench:
         def push() -> None:
             send()
             self.llm.reset_prefix_cache()
+            torch.cuda.ipc_collect()
 
         ms, extra = self.timed(push)
         self.finish(Row(STOCK, self.whole_mb(), ms, extra, note="engine without LoRA slots"), push)
@@ -378,7 +383,8 @@ class Bench:
             "",
             (
                 f"{parts.circumstances(o)} LoRA r={o.rank} on all linear layers; medians of {o.repeats} syncs after four, "
-                f"each with a new adapter. Copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, floor {self.floor:.2f} ms."
+                f"each with a new adapter. Copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, floor {self.floor:.2f} ms. "
+                f"The process's first push, with its handshake and what had to be compiled: {self.first:.1f} s."
             ),
             "",
             "| way | MB a sync | ms | × floor | extra MB | decode tokens/s | |",

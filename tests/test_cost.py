@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorasync.push.cost import H100, IB400, Device, Job, Link, merge_seconds, sync_seconds
+from lorasync.push.cost import CUDA_IPC, H100, IB400, Device, Job, Link, merge_seconds, sync_seconds
 
 # benchmarks/results/kernels_qwen2-7b_h100_202611.md, replayed from a CUDA graph: no overhead of the call.
 QWEN2_7B = Job(merged=6.525e9, untouched=1.09e9, factors=161e6, rank=64)
@@ -27,6 +27,27 @@ KERNELS = {
 def test_kernels_on_an_h100_within_20_percent(kind: str):
     changes, milliseconds, _ = KERNELS[kind]
     assert merge_seconds(replace(QWEN2_7B, **changes), ON_GRAPH) * 1e3 == pytest.approx(milliseconds, rel=0.2)
+
+
+# benchmarks/results/sync_qwen2-7b-r64_h100_202611.md: whole calls of send_weights().
+SYNCS = {
+    "factors, one process": ("factors", "bf16", None, 11.62, "fitted: host"),
+    "merged, one process": ("merged", "bf16", None, 16.04, "fitted: host"),
+    "adapter, one process": ("adapter", "bf16", None, 32.41, "fitted: host"),
+    "factors, two processes": ("factors", "bf16", CUDA_IPC, 17.63, "fitted: overhead of the link"),
+    "factors, one process, NF4": ("factors", "nf4", None, 9.83, "checked"),
+    "merged, one process, NF4": ("merged", "nf4", None, 17.12, "checked"),
+    "adapter, one process, NF4": ("adapter", "nf4", None, 38.80, "checked"),
+    "merged, two processes": ("merged", "bf16", CUDA_IPC, 23.39, "checked"),
+    "adapter, two processes": ("adapter", "bf16", CUDA_IPC, 33.65, "checked"),
+}
+
+
+@pytest.mark.parametrize("way", list(SYNCS))
+def test_syncs_on_an_h100_within_20_percent(way: str):
+    strategy, base, link, milliseconds, _ = SYNCS[way]
+    cost = sync_seconds(strategy, replace(QWEN2_7B, base=base), trainer=H100, worker=H100, link=link)
+    assert cost.total * 1e3 == pytest.approx(milliseconds, rel=0.2)
 
 
 # benchmarks/results/sync_smollm2_cpu_202611.md: 2 cores, engine in another process, fp32, r=16. Three constants fitted to

@@ -7,7 +7,11 @@ said in `tests/test_cost.py`; links other than shared memory are nominal and wer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 BYTES_OF_BASE = {
     "bf16": 2.0,
@@ -33,6 +37,8 @@ class Device:
         products: floating-point operations a second in B·A with 16-bit factors; they add to the memory's time.
         decode: seconds to dequantize one weight.
         overhead: seconds of one call.
+        host: seconds of Python around a push, by strategy: the checks, vLLM's own work. For about 200 adapted weights.
+        pcie: bytes a second to host memory and back, which an adapter goes through; 0 where the device is the host.
     """
 
     name: str
@@ -40,18 +46,37 @@ class Device:
     products: float
     decode: float = 0.0
     overhead: float = 0.0
+    host: Mapping[str, float] = field(default_factory=dict)
+    pcie: float = 0.0
 
 
 @dataclass(frozen=True)
 class Link:
-    """How bytes get from the trainer to an engine: bytes a second, and seconds that a sync takes whatever it carries."""
+    """How bytes get from the trainer to an engine.
+
+    Attributes:
+        name: what it is.
+        bandwidth: bytes a second.
+        overhead: seconds that a sync takes whatever it carries.
+        in_place: whether the engine's worker reads the trainer's own memory, so that nothing travels.
+    """
 
     name: str
     bandwidth: float
     overhead: float = 0.0
+    in_place: bool = False
 
 
-H100 = Device("H100", bandwidth=2.97e12, products=8.0e14, decode=2.2e-13, overhead=3e-4)
+H100 = Device(
+    "H100",
+    bandwidth=2.97e12,
+    products=8.0e14,
+    decode=2.2e-13,
+    overhead=3e-4,
+    host={"factors": 1.5e-3, "merged": 4.5e-3, "adapter": 20e-3},
+    pcie=55e9,
+)
+CUDA_IPC = Link("another process on the same GPU", math.inf, 6e-3, in_place=True)
 NVLINK = Link("NVLink, 450 GB/s", 450e9 * 0.8, 1e-3)
 IB400 = Link("400 Gb/s", 50e9 * 0.9, 1e-3)
 ETHERNET10 = Link("10 Gb/s", 1.25e9 * 0.9, 2e-3)
@@ -84,18 +109,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one sync by stage, and what an engine has to hold beside the weights that it serves."""
+    """Seconds of one sync by stage, and what an engine has to hold beside the weights that it serves.
+
+    ``host`` is the Python around the stages.
+    """
 
     source: float
     wire: float
     apply: float
+    host: float
     wire_bytes: float
     kept_bytes: float
 
     @property
     def total(self) -> float:
         """Seconds from the call to the first token of the new policy; nothing overlaps."""
-        return self.source + self.wire + self.apply
+        return self.source + self.wire + self.apply + self.host
 
 
 def merge_seconds(job: Job, device: Device, *, devices: int = 1) -> float:
@@ -144,12 +173,15 @@ def sync_seconds(
     size = wide * job.served_bytes if strategy == "merged" else job.factors * job.factor_bytes
     sends = 1 if broadcast else replicas
     wire = 0.0 if link is None else sends * size / link.bandwidth + link.overhead * (1 + math.log2(replicas))
+    host = worker.host.get(strategy, 0.0)
     if strategy == "merged":
         source = merge_seconds(job, trainer, devices=devices)
-        copies = 0.0 if link is None else 2 * size / worker.bandwidth / devices
-        return Cost(source, wire, copies, size, 0.0)
+        in_place = link is None or link.in_place  # merged into the live weights: only the others are copied
+        copied = (job.untouched if in_place else wide) * job.served_bytes
+        return Cost(source, wire, 2 * copied / worker.bandwidth / devices, host, size, 0.0)
     if strategy == "factors":
         kept = job.merged * BYTES_OF_BASE[job.base]
-        return Cost(0.0, wire, merge_seconds(job, worker, devices=devices), size, kept)
+        return Cost(0.0, wire, merge_seconds(job, worker, devices=devices), host, size, kept)
     assert strategy == "adapter", strategy
-    return Cost(0.0, wire, 2 * size / worker.bandwidth / devices, size, 2 * size)
+    copies = 2 * size * (1 / worker.bandwidth + (1 / worker.pcie if worker.pcie else 0.0))
+    return Cost(0.0, wire, copies / devices, host, size, 2 * size)
