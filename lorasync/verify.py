@@ -86,7 +86,7 @@ class Canary:
         limit: the mean gap, in nats, above which the push is warned of; 0.05 suits bf16.
 
     Raises:
-        UngatheredError: if the model is sharded: its forward pass needs all ranks. Call `logprob_gap` on each of them.
+        UngatheredError: if the model is sharded: its forward pass needs all ranks. Call `token_logprobs` on each of them.
         EngineNotReadyError: if the engine is no `vllm.LLM`: an `AsyncLLM` answers on its own event loop.
 
     Example:
@@ -107,8 +107,8 @@ class Canary:
     ) -> None:
         if any(map(is_sharded, model.parameters())):
             raise UngatheredError(
-                "canary: got a sharded model, expected a whole one: its forward pass needs all ranks. Call "
-                "lorasync.verify.logprob_gap on every rank instead."
+                "canary: got a sharded model, expected a whole one: its forward pass needs all ranks. Send the engine's "
+                "answers to every rank, and compare lorasync.verify.token_logprobs there with their log-probabilities."
             )
         if not hasattr(llm, "llm_engine"):
             raise EngineNotReadyError(

@@ -417,9 +417,13 @@ class Mailbox:
         found = self._replies.pop(call, {})
         if found:
             return found
-        for path in sorted(self.folder.glob(f"{call}-*.json")):
-            found[int(path.stem.split("-")[1])] = json.loads(path.read_text())
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed
+            paths = [
+                p for p in self.folder.iterdir() if p.name.startswith(f"{call}-") and p.suffix == ".json"
+            ]
+            for path in sorted(paths):
+                found[int(path.stem.split("-")[1])] = json.loads(path.read_text())
+                path.unlink()
         return found
 
     def outdate(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ class Wire:
     llm: Any
     on_bucket: Callable[[dict[str, Any], Path], None] | None = None
     on_control: Callable[[dict[str, Any]], None] | None = None
+    after_control: Callable[[dict[str, Any]], None] | None = None
     folder: Path = field(default_factory=Path)
     buckets: int = 0
 
@@ -107,6 +109,8 @@ class Wire:
         if self.on_control is not None:
             self.on_control(info)
         self.llm.init_weight_transfer_engine({"init_info": info})
+        if self.after_control is not None:
+            self.after_control(info)
 
     def update_weights(self, request: dict[str, Any]) -> None:
         self.llm.update_weights({"update_info": self._altered(request["update_info"])})
@@ -193,6 +197,25 @@ def with_value(param: torch.nn.Parameter, value: float) -> torch.Tensor:
 # --------------------------------------------------------------------------------------- in the processes
 
 
+class SlowStaging:
+    """Mixed into vLLM's worker."""
+
+    def stage_slowly(self, seconds: float) -> None:
+        from lorasync.receive.adapter import AdapterApplier
+        from lorasync.receive.factors import FactorApplier
+
+        for applier in (AdapterApplier, FactorApplier):
+            applier.receive = _after(seconds, applier.receive)  # type: ignore[method-assign]
+
+
+def _after(seconds: float, call: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return call(*arguments)
+
+    return slow
+
+
 def children_of(pid: int) -> set[int]:
     """All processes below this one."""
     found: set[int] = set()
@@ -209,8 +232,8 @@ def command_of(pid: int) -> str:
 
 
 def engine_core_of(llm: Any) -> int:
-    """The process id of the engine core."""
-    (process,) = llm.llm_engine.engine_core.resources.engine_manager.processes
+    """The process id of the engine core of an `LLM` or an `AsyncLLM`."""
+    (process,) = getattr(llm, "llm_engine", llm).engine_core.resources.engine_manager.processes
     return int(process.pid)
 
 

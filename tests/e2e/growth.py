@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +13,8 @@ from lorasync import wire
 from tests.e2e.faults import shared_memory
 
 Held = Mapping[str, float]
+ALLOCATED = ("live heap in KB", "small Python objects")
+"""What allocators have given out: see `heap`."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,28 @@ def held_by(processes: Mapping[str, int]) -> dict[str, float]:
 
 
 def per_push(samples: Sequence[Sample]) -> dict[str, float]:
-    """By how much each number grows with a push: the median slope over all pairs of samples (Theil and Sen)."""
-    pairs = [(a, b) for i, a in enumerate(samples) for b in samples[i + 1 :]]
+    """By how much each number grows with a push: the median slope over all pairs of samples (Theil and Sen).
+
+    For what allocators have given out over neighbours: a large dict that is resized once is no growth.
+    """
+    pairs, neighbours = list(combinations(samples, 2)), list(pairwise(samples))
     return {
-        name: median((b.held[name] - a.held[name]) / (b.pushes - a.pushes) for a, b in pairs)
+        name: _median_slope(name, neighbours if name.endswith(ALLOCATED) else pairs)
         for name in samples[0].held
     }
 
 
-def growing(samples: Sequence[Sample], *, memory: float) -> dict[str, float]:
-    """What grows, and by how much a push; memory may by so many KB, as an allocator's steps look like growth."""
-    limits = {name: memory if name.endswith("RSS in KB") else 0.0 for name in samples[0].held}
-    return {name: slope for name, slope in per_push(samples).items() if slope > limits[name]}
+def _median_slope(name: str, pairs: Sequence[tuple[Sample, Sample]]) -> float:
+    return median((b.held[name] - a.held[name]) / (b.pushes - a.pushes) for a, b in pairs)
+
+
+def growing(samples: Sequence[Sample], limits: Mapping[str, float]) -> dict[str, float]:
+    """What grows, and by how much a push; only what has a limit may, by that much."""
+    return {
+        name: slope
+        for name, slope in per_push(samples).items()
+        if slope > limits.get(name.rpartition(": ")[2], 0.0)
+    }
 
 
 def _entries(folder: str) -> int:

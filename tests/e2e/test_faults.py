@@ -78,6 +78,8 @@ from tests.models import tiny
 pytestmark = pytest.mark.timeout(200)
 MIDDLE_BUCKET = 3
 STRATEGIES = ("merged", "factors", "adapter")
+WAYS = {"through a file": 0, "in the call": 4 << 20}
+"""How a payload travels, and the largest one that rides in the call."""
 KEPT, CLOSED, RESTART = "K", "Q", "R"
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 4}
 
@@ -97,7 +99,6 @@ class Bench:
     sync: Sync = None  # type: ignore[assignment]
     answers: dict[int, Answers] = None  # type: ignore[assignment]
     version_seed: int = 0
-    finished: Answers = None  # type: ignore[assignment]
 
     def source(self, policy: Any = None) -> Any:
         policy = self.policy if policy is None else policy
@@ -144,7 +145,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def engine(base) -> Iterator[Any]:
     """One engine in a process of its own serves all rows but those that end it."""
-    with running_llm(base, dtype="float32", **LORA) as llm:
+    with running_llm(base, dtype="float32", block_size=32, **LORA) as llm:
         yield llm
 
 
@@ -211,6 +212,9 @@ class Row:
     act: Callable[[Bench], Any] = lambda bench: bench.sync.send_weights()
     sends_nothing: bool = False
 
+    def __str__(self) -> str:
+        return self.what
+
 
 MIDDLE = {"merged": CLOSED, "factors": KEPT, "adapter": KEPT}
 NOWHERE = {"merged": KEPT, "factors": KEPT, "adapter": KEPT}
@@ -234,7 +238,7 @@ def _on_wire(bench: Bench, **hooks: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        bench.wire.on_bucket = bench.wire.on_control = None
+        bench.wire.on_bucket = bench.wire.on_control = bench.wire.after_control = None
 
 
 def _wanted() -> Any:
@@ -417,7 +421,8 @@ def _generating(bench: Bench) -> Iterator[None]:
     try:
         yield
     finally:
-        bench.finished = answers_of(bench.wire.llm.wait_for_completion(use_tqdm=False))
+        finished = answers_of(bench.wire.llm.wait_for_completion(use_tqdm=False))
+        assert finished == bench.answers[0], "requests in flight lost their version"
 
 
 ROWS = (
@@ -459,7 +464,7 @@ ROWS = (
         lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, path="gone.safetensors")), MIDDLE),
     Row("a payload without its digest", PayloadError, "digest",
         lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, digest="")), MIDDLE),
-    Row("a message of another type", SyncError, "expected",
+    Row("a message of another type", SyncError, "version: got str, expected int",
         lambda b: _on_wire(b, on_bucket=field_change(bucket=MIDDLE_BUCKET, version="1")), MIDDLE),
     Row("shared memory is full", SyncError, r"shared memory is full.*bucket_bytes", _full_shared_memory, NOWHERE),
     Row("a user's own adapter has the id of the next version", SyncError, r"lora_int_id.*Remove it", _id_is_taken,
@@ -493,12 +498,19 @@ ROWS_IN_THIS_PROCESS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
-def test_a_fault_has_the_promised_outcome(row: Row, bench: Bench, page: reliability_page.Page) -> None:
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [(row, way) for row in ROWS for way in WAYS if not (row.sends_nothing and WAYS[way])],
+    ids=str,
+)
+def test_a_fault_has_the_promised_outcome(
+    row: Row, way: str, bench: Bench, page: reliability_page.Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", WAYS[way])
     _check(row, bench, page)
 
 
-@pytest.mark.parametrize("row", ROWS_IN_THIS_PROCESS, ids=lambda row: row.what)
+@pytest.mark.parametrize("row", ROWS_IN_THIS_PROCESS, ids=str)
 def test_a_fault_inside_of_a_worker(row: Row, bench_here: Bench, page: reliability_page.Page) -> None:
     _check(row, bench_here, page)
 
@@ -538,7 +550,6 @@ def test_an_adapter_pushed_during_generation_leaves_requests_in_flight_their_ver
     bench.ready()
     with _generating(bench):
         bench.sync.send_weights()
-    assert bench.finished == bench.answers[0]
     bench.version_seed = 1
     assert bench.serves(1)
 
@@ -548,12 +559,22 @@ def test_a_user_s_adapter_with_our_name_and_ours_each_give_their_own_answers(ben
         pytest.skip("no adapter is served")
     bench.ready()
     mine = _saved_adapter(bench, 7, f"policy@{bench.sync.version}")
-    theirs = greedy(bench.wire, lora_request=mine)
-    assert theirs not in bench.answers.values()
-    assert bench.serves(0)
+    long = [" ".join(PROMPTS * 4)]  # more than a block of the prefix cache
+
+    def both() -> list[Answers]:
+        ours = bench.sync.request()["lora_request"]
+        return [greedy(bench.wire, [*PROMPTS, *long], lora_request=one) for one in (mine, ours, mine, ours)]
+
+    theirs, ours, *again = both()
+    assert again == [theirs, ours]
+    assert ours[: len(PROMPTS)] == bench.answers[0]
+    assert all(a != b for a, b in zip(theirs, ours, strict=True))
     bench.push(1)
     assert bench.serves(1)
-    assert greedy(bench.wire, lora_request=mine) == theirs
+    after = both()
+    assert after[0] == theirs
+    assert bench.wire.reset_prefix_cache()
+    assert both() == after, "cached keys and values of another version were used"
     bench.wire.llm_engine.remove_lora(7)
 
 
@@ -635,22 +656,34 @@ def test_raw_zero3_shards_are_refused_and_the_gathered_policy_recovers(base, tmp
 # ---------------------------------------------------------------------------- the engine, or a part of it, dies
 
 
-def _killing(bench: Bench, pid: Callable[[Any], int], when: str) -> dict[str, Any]:
-    """Hooks that kill a process of the engine at a point of the push."""
+def _killing(bench: Bench, pid: Callable[[Any], int], when: str, payloads: list[set[Path]]) -> dict[str, Any]:
+    """Hooks that kill a process of the engine at a point of the push, and note what payloads lie there then."""
 
-    def on_control(info: dict[str, Any]) -> None:
-        if info["op"] == when:
+    def at(point: str) -> None:
+        if when == point:
+            payloads.append(_payloads())
             kill(pid(bench.wire.llm))
 
-    def on_bucket(info: dict[str, Any], folder: Path) -> None:
-        if when == "bucket":
-            kill(pid(bench.wire.llm))
+    def after_control(info: dict[str, Any]) -> None:
+        if info["background"]:
+            at("staging")
 
-    return {"on_control": on_control, "on_bucket": on_bucket}
+    return {
+        "on_bucket": lambda info, folder: at("bucket"),
+        "on_control": lambda info: at(info["op"]),
+        "after_control": after_control,
+    }
+
+
+def _payloads() -> set[Path]:
+    return {path for path in shared_memory() if path.suffix == ".safetensors"}
 
 
 DEATHS = (
     pytest.param("the engine core is killed in the middle of a push", "merged", engine_core_of, "bucket"),
+    pytest.param("a worker is killed while it stages", "factors", worker_of, "staging"),
+    pytest.param("the engine core is killed while a worker stages", "adapter", engine_core_of, "staging",
+                 marks=pytest.mark.soak),
     pytest.param("a worker is killed before staging", "factors", worker_of, "bucket", marks=pytest.mark.soak),
     pytest.param("a worker is killed after staging, before the commit", "factors", worker_of, "commit",
                  marks=pytest.mark.soak),
@@ -661,11 +694,19 @@ DEATHS = (
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("what", "strategy", "pid", "when"), DEATHS)
 def test_a_dead_engine_is_named_at_once_and_a_new_one_recovers(
-    what: str, strategy: str, pid: Any, when: str, base: str, tmp_path: Path, page: reliability_page.Page
+    what: str,
+    strategy: str,
+    pid: Any,
+    when: str,
+    base: str,
+    tmp_path: Path,
+    page: reliability_page.Page,
+    monkeypatch,
 ) -> None:
-    bench, before = Bench(strategy, tiny(base), Wire(None), base, tmp_path), shared_memory()
+    bench, before, payloads = Bench(strategy, tiny(base), Wire(None), base, tmp_path), shared_memory(), []
     settings = {"dtype": "float32", **LORA}
-    with running_llm(base, **settings) as llm:
+    monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", 0)
+    with running_llm(base, worker_extension_cls="tests.e2e.faults.SlowStaging", **settings) as llm:
         bench.wire.llm = llm
         bench.sync = bench.connect()
         bench.push(0)
@@ -675,15 +716,21 @@ def test_a_dead_engine_is_named_at_once_and_a_new_one_recovers(
             remote = connect(bench.source(), behind_url, timeout=60)
             remote.send_weights()
             bench.sync = bench.connect()
+        if when == "staging":  # nobody but `check_alive` notices: no call of vLLM's is under way
+            llm.collective_rpc("stage_slowly", args=(30.0,))
         kept = model_digest(bench.policy)
         began = time.monotonic()
         with (
             pytest.raises(EngineDeadError, match=r"died.*Restart the engine, connect\(\) again") as caught,
-            _on_wire(bench, **_killing(bench, pid, when)),
+            _on_wire(bench, **_killing(bench, pid, when, payloads)),
         ):
             bench.sync.send_weights()
         seconds = time.monotonic() - began
-        assert seconds < 30
+        assert seconds < 10
+        assert [bool(files) for files in payloads] == [when != "commit"], (
+            "no payload lay there, or not one death"
+        )
+        assert not _payloads(), "a payload is left in shared memory"
         assert model_digest(bench.policy) == kept
         with pytest.raises(EngineDeadError, match="Restart the engine"):
             bench.sync.send_weights()

@@ -7,10 +7,11 @@ import asyncio
 import pytest
 
 import lorasync as ls
-from lorasync.errors import SyncError
+from lorasync.errors import EngineDeadError, SyncError
 from lorasync.push import MergeInWorker, ServeAdapter, connect
 from tests import models
 from tests.e2e.engines import ADAPTER_SLOTS, PROMPTS, async_llm, greedy, running_llm
+from tests.e2e.faults import kill, worker_of
 from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(400)
@@ -173,5 +174,30 @@ async def _connected_again(base: str) -> None:
         await asyncio.wait_for(asyncio.gather(*users), 60)
         await asyncio.to_thread(sync.shutdown)
         assert not await engine.list_loras()
+    finally:
+        engine.shutdown()
+
+
+def test_a_worker_that_dies_while_it_stages_is_noticed_at_once(base, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # or the worker is in the engine core
+    asyncio.run(_killed(base))
+
+
+async def _killed(base: str) -> None:
+    """No call of vLLM's is under way: nothing but `check_alive` can notice."""
+    engine = async_llm(base, worker_extension_cls="tests.e2e.faults.SlowStaging")
+    try:
+        sync = await asyncio.to_thread(
+            connect, ls.FactorSource(tiny(base)), engine, MergeInWorker(base="device"), timeout=60
+        )
+        await sync.send_weights_async()
+        await engine.collective_rpc("stage_slowly", args=(60.0,))
+        push = asyncio.create_task(sync.send_weights_async())
+        await asyncio.sleep(2)
+        assert not push.done()
+        kill(worker_of(engine))
+        with pytest.raises(EngineDeadError, match="Restart the engine"):
+            await asyncio.wait_for(push, 20)
+        await asyncio.to_thread(sync.shutdown)
     finally:
         engine.shutdown()

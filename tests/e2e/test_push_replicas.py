@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 
 import lorasync as ls
-from lorasync.errors import EngineClosedError, EngineDeadError, MismatchError, SyncError
+from lorasync.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    MismatchError,
+    StaleVersionError,
+    SyncError,
+)
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
 from tests import models
 from tests.e2e.engines import Answers, greedy, running_llm
-from tests.e2e.faults import engine_core_of, kill
+from tests.e2e.faults import Wire, engine_core_of, kill
 from tests.e2e.oracle import merged_checkpoint
 from tests.models import tiny
 
@@ -90,7 +96,7 @@ def test_an_engine_that_another_trainer_took_over_is_named_and_can_be_left_out(p
     policy, theirs = tiny(base), tiny(base, seed=5)
     with connected(strategy, policy, pair) as sync:
         push(sync, policy, seed=0)
-        before = served_by(pair, sync)
+        before, ours = served_by(pair, sync), sync.request()
         with connected(strategy, theirs, pair["right"]) as taker:
             push(taker, theirs, seed=5)
             taken = greedy(pair["right"], **taker.request())
@@ -98,13 +104,46 @@ def test_an_engine_that_another_trainer_took_over_is_named_and_can_be_left_out(p
             for _ in range(2):
                 with pytest.raises(SyncError, match=r"^right: session: .*another trainer.*connect\(\) again"):
                     sync.send_weights()
-                assert greedy(pair["left"], **sync.request()) == before
+                with pytest.raises(
+                    SyncError, match=r"^request: .*taken right over.*leave_out\('right'\); or connect"
+                ):
+                    sync.request()
+                assert greedy(pair["left"], **ours) == before
                 assert greedy(pair["right"], **taker.request()) == taken
             sync.leave_out("right")
+            assert greedy(pair["left"], **sync.request()) == before
             sync.send_weights()
             assert greedy(pair["left"], **sync.request()) not in (before, taken)
             push(taker, theirs, seed=5)
             assert greedy(pair["right"], **taker.request()) == taken
+
+
+def test_what_one_engine_refuses_at_the_commit_the_other_one_gives_back(pair, strategy, base):
+    policy = tiny(base)
+
+    def refused(info: dict[str, Any]) -> None:
+        if info["op"] == "commit":
+            info["expected"] -= 1
+
+    wire = Wire(pair["right"])
+    with connected(strategy, policy, {"left": pair["left"], "right": wire}) as sync:
+        push(sync, policy, seed=0)
+        before, version = served_by(pair, sync), sync.version
+        models.move(policy, seed=1)
+        wire.on_control = refused
+        with pytest.raises(StaleVersionError, match=r"^right: version: .*somebody else has pushed"):
+            sync.send_weights()
+        wire.on_control = None
+        if strategy == "merged":  # its old weights are gone
+            with pytest.raises(EngineClosedError, match=r"^left serves .*another engine refused"):
+                sync.request()
+        else:
+            assert sync.version == version
+            assert served_by(pair, sync) == before
+        push(sync, policy, seed=2)  # nothing of what has failed may be left
+        assert served_by(pair, sync) != before
+        push(sync, policy, seed=0)
+        assert served_by(pair, sync) == before
 
 
 def test_a_trainer_learns_in_its_own_mailbox_that_another_one_took_over(pair, strategy, base):

@@ -39,6 +39,7 @@ def test_sharded_parameters_are_whole_inside_and_sharded_again_outside(ranks: li
         ("subset", "ask for different parameters"),
         ("nested", "already held by an enclosing gathered()"),
         ("written", "were written inside"),
+        ("canary", "token_logprobs"),
     ],
 )
 def test_wrong_uses_raise_at_once_on_both_ranks(ranks: list[dict[str, Any]], use: str, words: str):

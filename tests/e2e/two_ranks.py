@@ -18,13 +18,14 @@ import torch
 
 def main(stage: int, model_path: str, out: Path) -> None:
     import deepspeed
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lorasync as ls
-    from lorasync.errors import SyncError
+    from lorasync.errors import SyncError, UngatheredError
     from lorasync.push import connect
+    from lorasync.verify import Canary, token_logprobs
     from tests import models
-    from tests.e2e.engines import greedy, running_llm
+    from tests.e2e.engines import PROMPTS, greedy, running_llm
 
     rank = int(os.environ["RANK"])
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -56,12 +57,25 @@ def main(stage: int, model_path: str, out: Path) -> None:
         assert sync.send_weights().version == 3
         sync.shutdown()
 
+    def compare(target: object, answers: list[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
+        """The canary refuses a model that is sharded; what it says to do instead is done."""
+        with pytest.raises(UngatheredError, match="token_logprobs"):
+            Canary(engine, target, PROMPTS)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        pairs = [[(tokenizer(p).input_ids, list(a[0])) for p, a in zip(PROMPTS, answers, strict=False)]]
+        torch.distributed.broadcast_object_list(pairs)
+        ours = token_logprobs(engine, pairs[0])
+        for (_, theirs), own in zip(answers, ours, strict=rank == 0):
+            assert own.tolist() == pytest.approx(theirs, abs=1e-3)
+
     if rank == 0:
         with running_llm(model_path, dtype="float32") as llm:
             push_twice(llm)
             found = greedy(llm)
+            compare(llm, found) if stage == 3 else None
     else:
         push_twice(None)
+        compare(None, []) if stage == 3 else None
     with ls.gathered(p for p in policy.parameters() if p.requires_grad):
         if rank == 0:
             state = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}

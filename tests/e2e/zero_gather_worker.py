@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lorasync.errors import SyncTimeoutError, UngatheredError
+from lorasync.verify import Canary
 from lorasync.zero import full_shape, gathered, is_sharded
 
 SHAPES = [(8, 4), (6, 2), (4, 4)]
@@ -94,6 +95,7 @@ def misuse(params: list[nn.Parameter]) -> dict[str, Any]:
     found["late"] = attempt(lambda: enter(params, timeout=30)) if rank == 1 else {"error": "not late"}
     dist.barrier()
     found["subset"] = attempt(lambda: enter(params[: 2 + rank], timeout=30))
+    found["canary"] = attempt(lambda: Canary(nn.ParameterList(params), None, ["The"]))
     found["afterwards"] = {"same": [torch.equal(w, values(i)) for i, w in enumerate(enter(params))]}
     return found
 
