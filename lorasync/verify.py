@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasync.errors import EngineNotReadyError, UngatheredError
+from lorasync.errors import EngineNotReadyError, SyncTimeoutError, UngatheredError
+from lorasync.event_loop import refuse_own_loop
 from lorasync.wire import as_bytes, digest_of_text
 from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_ANSWERED_WITHIN_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def logprob_gap(
 
     Args:
         model: the training model, or the DeepSpeed engine around it; only read, and left in the mode it was in.
-        llm: a `vllm.LLM`.
+        llm: a `vllm.LLM`, or an `AsyncLLM` whose event loop runs in another thread.
         prompts: texts; their tokens come from the engine.
         max_tokens: how many tokens to generate for each prompt.
         request: what `Sync.request()` returned.
@@ -62,7 +67,7 @@ def logprob_gap(
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0)
-    outputs = llm.generate(list(prompts), greedy, use_tqdm=False, **(request or {}))
+    outputs = _generated(llm, prompts, greedy, request or {})
     pairs = [(list(o.prompt_token_ids), list(o.outputs[0].token_ids)) for o in outputs]
     served = [
         torch.tensor([lp[token].logprob for lp, token in zip(o.outputs[0].logprobs, answer, strict=True)])
@@ -80,14 +85,14 @@ class Canary:
 
     Args:
         model: the training model, whole on this rank.
-        llm: the `vllm.LLM` that is pushed to (one of them, if there are several).
+        llm: the `vllm.LLM` or `AsyncLLM` that is pushed to (one of them, if there are several).
         prompts: texts; one or two will do.
         max_tokens: how many tokens to generate for each.
         limit: the mean gap, in nats, above which the push is warned of; 0.05 suits bf16.
 
     Raises:
         UngatheredError: if the model is sharded: its forward pass needs all ranks. Call `token_logprobs` on each of them.
-        EngineNotReadyError: if the engine is no `vllm.LLM`: an `AsyncLLM` answers on its own event loop.
+        EngineNotReadyError: if the engine is neither.
 
     Example:
         >>> canary = Canary(model, llm, ["The capital of France is"])  # doctest: +SKIP
@@ -110,10 +115,10 @@ class Canary:
                 "canary: got a sharded model, expected a whole one: its forward pass needs all ranks. Send the engine's "
                 "answers to every rank, and compare lorasync.verify.token_logprobs there with their log-probabilities."
             )
-        if not hasattr(llm, "llm_engine"):
+        if not hasattr(llm, "llm_engine") and not hasattr(llm, "output_handler"):
             raise EngineNotReadyError(
-                f"canary: got {type(llm).__name__}, expected a vllm.LLM: an AsyncLLM answers on its own event loop. "
-                "Compare lorasync.verify.token_logprobs with the log-probabilities of its outputs."
+                f"canary: got {type(llm).__name__}, expected a vllm.LLM or an AsyncLLM. With a server compare "
+                "lorasync.verify.token_logprobs with the log-probabilities of its outputs."
             )
         self._model, self._llm, self._prompts = model, llm, list(prompts)
         self._max_tokens, self.limit = max_tokens, limit
@@ -131,7 +136,7 @@ def adapter_effect(llm: Any, prompts: Sequence[str], request: dict[str, Any]) ->
     A gap of 0 means that the adapter does nothing: it is zero, or it is not applied (names that match nothing).
 
     Args:
-        llm: a `vllm.LLM`.
+        llm: a `vllm.LLM`, or an `AsyncLLM` whose event loop runs in another thread.
         prompts: texts.
         request: what `Sync.request()` returned, for `ServeAdapter`.
 
@@ -154,8 +159,37 @@ def _candidates(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> li
 
     # Not prompt_logprobs: with an adapter they end a vLLM 0.32 on a CPU.
     wanted = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
-    outputs = llm.generate(list(prompts), wanted, use_tqdm=False, **request)
+    outputs = _generated(llm, prompts, wanted, request)
     return [{token: at.logprob for token, at in o.outputs[0].logprobs[0].items()} for o in outputs]
+
+
+def _generated(llm: Any, prompts: Sequence[str], wanted: Any, request: dict[str, Any]) -> list[Any]:
+    """The engine's final outputs, in the order of the prompts.
+
+    Raises:
+        SyncError: on the thread of an `AsyncLLM`'s event loop, where waiting would stop the engine that is waited for.
+        SyncTimeoutError: if an `AsyncLLM` does not answer.
+    """
+    if hasattr(llm, "llm_engine"):
+        return list(llm.generate(list(prompts), wanted, use_tqdm=False, **request))
+    loop = llm.output_handler.get_loop()
+    refuse_own_loop(loop, "await asyncio.to_thread(…)")
+
+    async def last(prompt: str) -> Any:
+        outputs = llm.generate(prompt, wanted, f"lorasync-{secrets.token_hex(8)}", **request)
+        return [output async for output in outputs][-1]
+
+    async def everything() -> list[Any]:
+        return await asyncio.gather(*map(last, prompts))
+
+    answering = asyncio.run_coroutine_threadsafe(everything(), loop)
+    try:
+        return answering.result(_ANSWERED_WITHIN_S)
+    except TimeoutError:
+        answering.cancel()
+        raise SyncTimeoutError(
+            f"The AsyncLLM did not answer {len(prompts)} prompts within {_ANSWERED_WITHIN_S:g} s. Is it busy or dead?"
+        ) from None
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:

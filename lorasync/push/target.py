@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lorasync.errors import EngineDeadError, EngineNotReadyError, SyncError, SyncTimeoutError
+from lorasync.event_loop import refuse_own_loop
 from lorasync.plugin import BACKEND
 
 if TYPE_CHECKING:
@@ -282,11 +283,9 @@ class AsyncLLMTarget:
             SyncError: on the loop's own thread, where waiting would stop the engine that is waited for.
             SyncTimeoutError: if it does not end in time.
         """
-        if _running_loop() is self._loop:
-            raise SyncError(
-                "Called on the event loop that runs the engine, which would wait for itself. Use await "
-                "sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)."
-            )
+        refuse_own_loop(
+            self._loop, "await sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)"
+        )
         waiting = asyncio.run_coroutine_threadsafe(make(), self._loop)
         core = self._engine.engine_core
         try:
@@ -301,13 +300,6 @@ class AsyncLLMTarget:
 def _adapters_of(engine: Any) -> frozenset[int]:
     requests = list(engine.output_processor.request_states.values())
     return frozenset(r.lora_request.lora_int_id for r in requests if r.lora_request is not None)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 _WORKER_GONE = ("method failed: cancelled", "Executor failed")

@@ -9,6 +9,7 @@ import pytest
 import lorasync as ls
 from lorasync.errors import EngineDeadError, SyncError
 from lorasync.push import MergeInWorker, ServeAdapter, connect
+from lorasync.verify import Canary
 from tests import models
 from tests.e2e.engines import ADAPTER_SLOTS, PROMPTS, async_llm, greedy, running_llm
 from tests.e2e.faults import kill, worker_of
@@ -37,6 +38,7 @@ def expected(base) -> dict[int, list[tuple[int, ...]]]:
 def test_under_load_no_request_is_lost_and_the_last_push_is_served(base, expected, strategy):
     reports, finished = asyncio.run(_session(base, expected, strategy))
     assert [r.version for r in reports] == list(range(1, PUSHES + 1))
+    assert all(r.canary is not None and r.canary.mean < 1e-3 for r in reports)
     if strategy != "adapter":
         assert all(r.stall_seconds is not None and 0 < r.stall_seconds < 60 for r in reports)
     assert finished > 0
@@ -70,8 +72,15 @@ async def _session(base: str, expected, strategy: str):
     try:
         with pytest.raises(SyncError, match="event loop"):
             connect(source, engine, apply)
-        sync = await asyncio.to_thread(connect, source, engine, apply, pause="keep", timeout=120)
+        canary = Canary(policy, engine, PROMPTS[:1])
+        with pytest.raises(SyncError, match="event loop"):
+            canary({})
+        sync = await asyncio.to_thread(
+            connect, source, engine, apply, pause="keep", timeout=120, canary=canary
+        )
         reports = [await sync.send_weights_async()]
+        other = Canary(tiny(base, seed=9, scale=0.05), engine, PROMPTS[:1])
+        assert (await asyncio.to_thread(other, sync.request())).mean > 0.05
         users = [asyncio.create_task(load()) for _ in range(3)]
         for step in range(PUSHES - 1):
             models.move(policy, seed=step % 2)
