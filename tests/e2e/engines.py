@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 ADAPTER_SLOTS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
@@ -58,12 +59,16 @@ def async_llm(path: str, **settings: Any) -> Any:
 
 
 def greedy(llm: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = 8, **request: Any) -> Answers:
-    """Greedy token ids and their log-probabilities, exactly as the engine gives them."""
+    """Greedy token ids and their log-probabilities, exactly as the engine gives them.
+
+    One prompt after another: how several are batched depends on when they arrive, and bf16 sums on the batch.
+    """
     from vllm import SamplingParams
 
     wanted = SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True)
-    outputs = llm.generate(list(prompts), wanted, use_tqdm=False, **request)
-    return answers_of(outputs)
+    return answers_of(
+        [o for prompt in prompts for o in llm.generate([prompt], wanted, use_tqdm=False, **request)]
+    )
 
 
 def answers_of(outputs: Sequence[Any]) -> Answers:
@@ -74,6 +79,13 @@ def answers_of(outputs: Sequence[Any]) -> Answers:
         )
         for o in outputs
     ]
+
+
+def check_alike(found: Answers, wanted: Answers) -> None:
+    """The same tokens, and log-probabilities that differ by no more than other sums in fp32 make them."""
+    for (ids, logprobs), (wanted_ids, wanted_logprobs) in zip(found, wanted, strict=True):
+        assert ids == wanted_ids
+        assert logprobs == pytest.approx(wanted_logprobs, abs=1e-3)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from lorasync.push import MergeInWorker, ServeAdapter, connect
 from lorasync.verify import model_digest
 from tests import models
 from tests.e2e import heap, soak_results
-from tests.e2e.engines import Answers, greedy, running_llm
+from tests.e2e.engines import Answers, check_alike, greedy, running_llm
 from tests.e2e.faults import engine_core_of, worker_of
 from tests.e2e.growth import ALLOCATED, Sample, growing, held_by
 from tests.e2e.oracle import merged_checkpoint
@@ -74,7 +74,11 @@ def test_a_thousand_pushes_leave_nothing_behind(strategy, base, expected, result
                 patched.setattr("lorasync.push.payload.INLINE_LIMIT", inline_limit)
                 sync.send_weights()
             if push % EVERY == 0:
-                _check_answers(greedy(llm, **sync.request()), expected, exactly=strategy != "adapter")
+                found = greedy(llm, **sync.request())
+                check_alike(found, expected)
+                assert (
+                    strategy == "adapter" or found == expected
+                )  # slots add s·B·A·x to W·x, which rounds otherwise
                 adapters = {"engine: adapters": len(llm.llm_engine.list_loras()) if slots else 0}
                 samples.append(Sample(push, held_by(processes) | heap.live_in(llm) | adapters))
         seconds = time.perf_counter() - began
@@ -110,16 +114,6 @@ def test_a_leak_of_8_kb_a_push_is_found_in_every_process_and_without_it_there_is
     found = growing(leaking, LIMITS)
     assert found.keys() == leaking[0].held.keys()
     assert all(7 < slope < 10 for name, slope in found.items() if name.endswith("in KB"))
-
-
-def _check_answers(found: Answers, expected: Answers, *, exactly: bool) -> None:
-    """LoRA slots add s·B·A·x to W·x, which rounds otherwise than a merged weight does."""
-    if exactly:
-        assert found == expected
-        return
-    for (ids, logprobs), (wanted_ids, wanted) in zip(found, expected, strict=True):
-        assert ids == wanted_ids
-        assert logprobs == pytest.approx(wanted, abs=1e-3)
 
 
 def _samples(**held: list[float]) -> list[Sample]:
