@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasync.errors import SyncError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
 
-def refuse_own_loop(loop: asyncio.AbstractEventLoop, instead: str) -> None:
-    """Refuse to wait on the loop's own thread, where that would stop the engine that is waited for.
+T = TypeVar("T")
+
+
+def run_on(
+    loop: asyncio.AbstractEventLoop,
+    make: Callable[[], Coroutine[Any, Any, T]],
+    wait: Callable[[Callable[..., T]], T],
+    *,
+    instead: str,
+) -> T:
+    """Run a coroutine on the loop of another thread.
+
+    Args:
+        loop: where it runs.
+        make: makes it.
+        wait: gets the function that waits for its result, and says for how long; what it raises gives the coroutine up.
+        instead: what to do on the loop's own thread, where waiting would stop the engine that is waited for.
 
     Raises:
-        SyncError: on that thread, with what to do instead.
+        SyncError: on that thread.
     """
-    try:
-        here = asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    if here is loop:
+    if _running_loop() is loop:
         raise SyncError(
             f"Called on the event loop that runs the engine, which would wait for itself. Use {instead}."
         )
+    running = asyncio.run_coroutine_threadsafe(make(), loop)
+    try:
+        return wait(running.result)
+    except Exception:
+        running.cancel()  # without effect on one that has ended
+        raise
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

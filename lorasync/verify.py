@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import EngineNotReadyError, SyncTimeoutError, UngatheredError
-from lorasync.event_loop import refuse_own_loop
+from lorasync.event_loop import run_on
 from lorasync.wire import as_bytes, digest_of_text
 from lorasync.zero import is_sharded
 
@@ -172,8 +172,6 @@ def _generated(llm: Any, prompts: Sequence[str], wanted: Any, request: dict[str,
     """
     if hasattr(llm, "llm_engine"):
         return list(llm.generate(list(prompts), wanted, use_tqdm=False, **request))
-    loop = llm.output_handler.get_loop()
-    refuse_own_loop(loop, "await asyncio.to_thread(…)")
 
     async def last(prompt: str) -> Any:
         outputs = llm.generate(prompt, wanted, f"lorasync-{secrets.token_hex(8)}", **request)
@@ -182,11 +180,14 @@ def _generated(llm: Any, prompts: Sequence[str], wanted: Any, request: dict[str,
     async def everything() -> list[Any]:
         return await asyncio.gather(*map(last, prompts))
 
-    answering = asyncio.run_coroutine_threadsafe(everything(), loop)
     try:
-        return answering.result(_ANSWERED_WITHIN_S)
+        return run_on(
+            llm.output_handler.get_loop(),
+            everything,
+            lambda result: result(_ANSWERED_WITHIN_S),
+            instead="await asyncio.to_thread(…)",
+        )
     except TimeoutError:
-        answering.cancel()
         raise SyncTimeoutError(
             f"The AsyncLLM did not answer {len(prompts)} prompts within {_ANSWERED_WITHIN_S:g} s. Is it busy or dead?"
         ) from None

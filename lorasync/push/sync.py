@@ -236,7 +236,7 @@ class Sync:
         """
         if self.closed:
             raise EngineClosedError(self.closed)
-        self._check_ours()
+        self._check_not_taken_over()
         if not isinstance(self.apply, ServeAdapter):
             return {}
         if not self._names_adapter:
@@ -368,7 +368,7 @@ class Sync:
                 "flight still need the one before. Start the engine with max_cpu_loras=4 (host memory only)."
             )
 
-    def _check_ours(self) -> None:
+    def _check_not_taken_over(self) -> None:
         taken = self._engines.outdated if self._engines else []
         if taken:
             one, all_of_them = len(self.engines) == 1, len(self.engines) == len(taken)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lorasync.errors import EngineDeadError, EngineNotReadyError, SyncError, SyncTimeoutError
-from lorasync.event_loop import refuse_own_loop
+from lorasync.event_loop import run_on
 from lorasync.plugin import BACKEND
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
@@ -283,18 +283,15 @@ class AsyncLLMTarget:
             SyncError: on the loop's own thread, where waiting would stop the engine that is waited for.
             SyncTimeoutError: if it does not end in time.
         """
-        refuse_own_loop(
-            self._loop, "await sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)"
-        )
-        waiting = asyncio.run_coroutine_threadsafe(make(), self._loop)
         core = self._engine.engine_core
-        try:
-            return call_with_limit(
-                waiting.result, self._timeout, "The AsyncLLM", died=lambda: _death_of(core)
-            )
-        except (SyncTimeoutError, EngineDeadError):
-            waiting.cancel()
-            raise
+        return run_on(
+            self._loop,
+            make,
+            lambda result: call_with_limit(
+                result, self._timeout, "The AsyncLLM", died=lambda: _death_of(core)
+            ),
+            instead="await sync.send_weights_async(), or await asyncio.to_thread(connect, source, engine)",
+        )
 
 
 def _adapters_of(engine: Any) -> frozenset[int]:
