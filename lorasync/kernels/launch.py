@@ -33,7 +33,6 @@ CANCELLED = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-13, torch.float32: 0
 fp32's error may come near an ulp: such an element is computed again in fp64."""
 
 FACTOR_BLOCK, MEND_PROGRAMS = 128, 1024
-_RUNS_BEFORE_GRAPH = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Launch:
             variant.device
         )
         self._max_features = max(job.lora_b.shape[0] for job in jobs)
-        self._runs = 0
+        self._has_run = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prime(self) -> None:
@@ -91,13 +90,13 @@ class Launch:
         if not on_gpu or self.n_jobs == 1 or torch.cuda.is_current_stream_capturing():
             self._run_all()
             return
-        self._runs += 1
-        if self._runs == _RUNS_BEFORE_GRAPH:
-            self._graph = self._captured()
-        if self._graph is None:
+        if not self._has_run:  # it may be the only time
+            self._has_run = True
             self._run_all()
-        else:
-            self._graph.replay()
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Without the collection of garbage and the emptied cache that come with `torch.cuda.graph`."""

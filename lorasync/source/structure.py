@@ -74,9 +74,8 @@ class Structure:
     def _now(self, params: list[Any]) -> list[Any]:
         """Hundreds of parameters and layers, at each push: loops without Python in them."""
         found: list[Any] = [can_be_sharded(param) for param in params[:1]]
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # bitsandbytes' packed parameters are slow to ask otherwise
+        # Without it bitsandbytes' packed parameters answer through Python.
+        with torch._C.DisableTorchFunctionSubclass():
             found += map(full_shape if self._sharded else _SHAPE, params)
         for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling"):
             found += map(dict.get, self._layers, repeat(name))
