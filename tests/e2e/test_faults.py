@@ -417,12 +417,22 @@ def _push_twice(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def _generating(bench: Bench) -> Iterator[None]:
-    bench.wire.llm.enqueue(list(PROMPTS), _wanted(), use_tqdm=False, **bench.sync.request())
+    """Requests are in flight; they have to be answered as the same batch is that nothing disturbs."""
+
+    def enqueue() -> None:
+        bench.wire.llm.enqueue(list(PROMPTS), _wanted(), use_tqdm=False, **bench.sync.request())
+
+    def answers() -> Answers:
+        return answers_of(bench.wire.llm.wait_for_completion(use_tqdm=False))
+
+    enqueue()
+    undisturbed = answers()
+    check_alike(undisturbed, bench.answers[0])
+    enqueue()
     try:
         yield
     finally:
-        finished = answers_of(bench.wire.llm.wait_for_completion(use_tqdm=False))
-        check_alike(finished, bench.answers[0])  # requests in flight keep their version
+        assert answers() == undisturbed, "requests in flight lost their version"
 
 
 ROWS = (

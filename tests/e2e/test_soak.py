@@ -75,10 +75,10 @@ def test_a_thousand_pushes_leave_nothing_behind(strategy, base, expected, result
                 sync.send_weights()
             if push % EVERY == 0:
                 found = greedy(llm, **sync.request())
-                check_alike(found, expected)
-                assert (
-                    strategy == "adapter" or found == expected
-                )  # slots add s·B·A·x to W·x, which rounds otherwise
+                if strategy == "adapter":  # slots add s·B·A·x to W·x, which rounds otherwise
+                    check_alike(found, expected)
+                else:
+                    assert found == expected
                 adapters = {"engine: adapters": len(llm.llm_engine.list_loras()) if slots else 0}
                 samples.append(Sample(push, held_by(processes) | heap.live_in(llm) | adapters))
         seconds = time.perf_counter() - began

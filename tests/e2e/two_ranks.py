@@ -72,10 +72,12 @@ def main(stage: int, model_path: str, out: Path) -> None:
         with running_llm(model_path, dtype="float32") as llm:
             push_twice(llm)
             found = greedy(llm)
-            compare(llm, found) if stage == 3 else None
+            if stage == 3:
+                compare(llm, found)
     else:
         push_twice(None)
-        compare(None, []) if stage == 3 else None
+        if stage == 3:
+            compare(None, [])
     with ls.gathered(p for p in policy.parameters() if p.requires_grad):
         if rank == 0:
             state = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
