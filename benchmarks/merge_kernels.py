@@ -25,8 +25,8 @@ import triton
 from torch import Tensor
 
 from lorasync.kernels import GroupedMerge, Int8Base, MergeJob, NestedAbsmax, PackedBase, PlainBase
-from lorasync.kernels.launch import Launch, variant_of
-from lorasync.kernels.tune import Config
+from lorasync.kernels.launch import Launch, tuning_key, variant_of
+from lorasync.kernels.tune import Config, remember
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +69,13 @@ SWEEP = [
     (128, 64, 8, 96, 8, 3), (128, 64, 8, 128, 8, 4), (64, 128, 4, 168, 8, 3), (64, 128, 4, 200, 8, 3),
     (64, 128, 8, 96, 7, 3), (64, 128, 8, 128, 7, 3), (128, 128, 8, 168, 7, 2), (128, 128, 8, 128, 7, 3),
     (64, 32, 4, 96, 14, 4), (128, 32, 4, 128, 14, 3), (64, 256, 8, 168, 7, 2),
+]  # fmt: skip
+SWEEP_WIDE = [  # for ranks above 64
+    (128, 64, 8, 128, 14, 2), (128, 64, 8, 128, 14, 3), (128, 64, 8, 255, 14, 2), (128, 64, 8, 128, 28, 2),
+    (128, 64, 4, 255, 14, 2), (128, 64, 8, 128, 14, 1), (64, 64, 4, 128, 14, 2), (64, 64, 4, 128, 14, 3),
+    (64, 64, 4, 168, 14, 2), (64, 128, 4, 255, 8, 2), (64, 128, 8, 128, 8, 2), (64, 128, 4, 255, 8, 3),
+    (128, 128, 8, 255, 8, 1), (128, 128, 8, 255, 8, 2), (128, 128, 16, 128, 8, 2), (256, 64, 8, 255, 14, 2),
+    (256, 64, 16, 128, 14, 2), (128, 32, 8, 128, 28, 3), (128, 32, 4, 255, 28, 2), (256, 32, 8, 255, 28, 2),
 ]  # fmt: skip
 
 
@@ -220,9 +227,11 @@ def poison(jobs: list[MergeJob]) -> None:
         job.out.fill_(float("nan"))
 
 
-def sweep(kind: Kind, jobs: list[MergeJob], floor: float, args_rank: int) -> None:
-    configs = [Config(bm, bn, warps, max(16, args_rank), *rest) for bm, bn, warps, *rest in SWEEP]
+def sweep(kind: Kind, jobs: list[MergeJob], floor: float, *, keep: bool) -> None:
+    """Time many tile shapes; with ``keep`` the planner takes the fastest from now on."""
     variant = variant_of(jobs[0])
+    shapes = SWEEP_WIDE if variant.r_pad > 64 else SWEEP
+    configs = [Config(bm, bn, warps, variant.r_pad, *rest) for bm, bn, warps, *rest in shapes]
 
     def prepare(config: Config) -> Launch | None:
         try:
@@ -235,14 +244,16 @@ def sweep(kind: Kind, jobs: list[MergeJob], floor: float, args_rank: int) -> Non
 
     with ThreadPoolExecutor(12) as pool:
         launches = [x for x in pool.map(prepare, configs) if x is not None]
-    rows = sorted(
-        (timed(lambda go=launch.run: [go() for _ in range(4)], 3) / 4, str(launch.config))
-        for launch in launches
-    )
+    rows = [
+        (timed(lambda go=launch.run: [go() for _ in range(4)], 3) / 4, launch.config) for launch in launches
+    ]
+    rows.sort(key=lambda row: row[0])
     print(f"sweep {kind.name}: floor {floor:.2f} ms")
     for ms, config in rows:
         print(f"  {ms:7.2f} ms  {ms / floor:.2f}x  {config}")
     sys.stdout.flush()
+    if keep:
+        remember(tuning_key(variant), rows[0][1])
 
 
 def graph_of(merge: GroupedMerge) -> torch.cuda.CUDAGraph:
@@ -262,11 +273,11 @@ def measure(
     torch.cuda.synchronize()
     first = time.perf_counter() - start
     floor = merge.traffic / bandwidth * 1e3
+    if args.sweep:
+        sweep(kind, jobs, floor, keep=args.tune)
     if args.tune:
         merge = GroupedMerge(jobs, tune=True)
     config = merge.launches[0].config
-    if args.sweep:
-        sweep(kind, jobs, floor, args.rank)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     poison(jobs)
@@ -347,10 +358,12 @@ def main() -> None:
     parser.add_argument("--b-std", type=float, default=0.005)
     parser.add_argument("--check", type=int, default=10**6, help="how many matrices are compared with fp64")
     parser.add_argument(
-        "--kinds", default="", help="only kinds whose name contains one of these, separated by ;"
+        "--kinds", default="", help="only kinds of these names, or that contain one of these, separated by ;"
     )
     parser.add_argument("--sweep", action="store_true", help="time many tile shapes")
-    parser.add_argument("--tune", action="store_true", help="let the planner time its own candidates first")
+    parser.add_argument(
+        "--tune", action="store_true", help="keep the fastest of --sweep, else of the planner's candidates"
+    )
     parser.add_argument("--plan-only", action="store_true", help="only say how long planning takes")
     parser.add_argument("--bnb", action="store_true", help="also time bitsandbytes' dequantize, then addmm")
     parser.add_argument("--results", type=Path)
@@ -369,14 +382,15 @@ def main() -> None:
     ]
     live = outputs(args.layers, BF16)
     rows = []
-    for kind in KINDS:
-        if any(part in kind.name for part in args.kinds.split(";")):
-            if args.plan_only:
-                plan_only(kind, live, args)
-                continue
-            rows += measure(kind, live, args, bandwidth)
-            torch.cuda.empty_cache()
-            print(rows[-1], flush=True)
+    wanted = args.kinds.split(";")
+    kinds = [k for k in KINDS if k.name in wanted] or [k for k in KINDS if any(w in k.name for w in wanted)]
+    for kind in kinds:
+        if args.plan_only:
+            plan_only(kind, live, args)
+            continue
+        rows += measure(kind, live, args, bandwidth)
+        torch.cuda.empty_cache()
+        print(rows[-1], flush=True)
     if args.plan_only:
         return
     print("\n".join(head + rows))

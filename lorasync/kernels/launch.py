@@ -5,6 +5,7 @@ Imports Triton; `lorasync.kernels.grouped` imports this module where there is a 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -170,16 +171,31 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
     launches = []
     for variant, members in groups.items():
         with _on(variant.device):
-            launch = Launch(variant, members, choose(variant, members, tune=tune))
-            launch.prime()
-        launches.append(launch)
+            launches.append(_primed(variant, members, choose(variant, members, tune=tune)))
     return tuple(launches)
+
+
+def _primed(variant: Variant, jobs: Sequence[MergeJob], choice: Config) -> Launch:
+    """A compiled launch; where the chosen tile needs more shared memory than the GPU has, with another one."""
+    for config in dict.fromkeys((choice, *_candidates(variant))):
+        launch = Launch(variant, jobs, config)
+        try:
+            launch.prime()
+        except triton.OutOfResources as error:
+            too_large = error
+        else:
+            return launch
+    raise too_large
+
+
+def _candidates(variant: Variant) -> tuple[Config, ...]:
+    return tuning.candidates(variant.r_pad, split=variant.split, aligned=variant.aligned)
 
 
 def choose(variant: Variant, jobs: Sequence[MergeJob], *, tune: bool) -> Config:
     """Pick the tile shape: what was measured here before, else (``tune``) now, else what is shipped."""
-    choices = tuning.candidates(variant.r_pad, split=variant.split, aligned=variant.aligned)
-    key = _tuning_key(variant)
+    choices = _candidates(variant)
+    key = tuning_key(variant)
     stored = tuning.known(key)
     if stored is not None or not tune:
         return stored or choices[0]
@@ -356,8 +372,11 @@ def _scratch_jobs(jobs: Sequence[MergeJob], limit: int = 64 << 20) -> list[Merge
 
 
 def _time(launch: Launch) -> float:
-    """The milliseconds of one run: the best of five after one."""
-    launch.run()
+    """The milliseconds of one run, the best of five after one; infinite where it does not fit on the GPU."""
+    try:
+        launch.run()
+    except triton.OutOfResources:
+        return math.inf
     times: list[float] = []
     event = partial(torch.cuda.Event, enable_timing=True)
     for _ in range(5):
@@ -370,7 +389,8 @@ def _time(launch: Launch) -> float:
     return min(times)
 
 
-def _tuning_key(variant: Variant) -> str:
+def tuning_key(variant: Variant) -> str:
+    """Under which a measured choice is kept: the GPU, Triton and the kind of merge."""
     gpu = torch.cuda.get_device_name(variant.device) if variant.device.type == "cuda" else "interpreter"
     parts = [str(value) for name, value in vars(variant).items() if name != "device"]
     return "|".join((gpu, f"triton {triton.__version__}", *parts))

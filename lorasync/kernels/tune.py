@@ -30,7 +30,9 @@ class Config:
 
 
 _SHAPES = ((64, 64, 4, 128, 14, 3), (64, 64, 4, 128, 8, 4), (64, 128, 4, 168, 8, 3), (128, 64, 8, 128, 14, 3))
+_WIDE_SHAPES = ((128, 64, 8, 128, 14, 3), (64, 64, 4, 168, 14, 2), (128, 32, 4, 255, 28, 2))
 _SPLIT_SHAPES = ((128, 64, 8, 128, 14, 2), (128, 64, 8, 128, 14, 3), (128, 64, 4, 255, 14, 2))
+_IN_PARTS = Config(64, 64, 4, 64, 168, 8, 1)
 
 
 def candidates(r_pad: int, *, split: bool, aligned: bool) -> tuple[Config, ...]:
@@ -38,15 +40,17 @@ def candidates(r_pad: int, *, split: bool, aligned: bool) -> tuple[Config, ...]:
 
     Factors of up to rank 256 (fp32: 64) are taken whole; longer ones in parts, and then nothing is loaded
     ahead, nor where elements are loaded one by one. A strip has at most 31 tiles: each has a bit of an int32.
+    The last one needs little shared memory: it fits where others don't.
     """
     if not aligned:
         return (Config(64, 64, 4, min(r_pad, 64), 0, 8, 1),)
     if r_pad > (64 if split else 256):
-        return (Config(64, 64, 4, 64, 168, 8, 1),)
-    shapes = _SPLIT_SHAPES if split else _SHAPES
-    return tuple(
+        return (_IN_PARTS,)
+    shapes = _SPLIT_SHAPES if split else _SHAPES if r_pad <= 128 else _WIDE_SHAPES
+    whole = tuple(
         Config(bm, bn, warps, r_pad, regs, strip, stages) for bm, bn, warps, regs, strip, stages in shapes
     )
+    return (*whole, _IN_PARTS) if r_pad >= _IN_PARTS.rk else whole
 
 
 def cache_path() -> Path:

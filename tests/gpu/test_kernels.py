@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lorasync.kernels import GroupedMerge, Int8Base, MergeJob, NestedAbsmax, PackedBase, PlainBase, merge_job
+from lorasync.kernels import tune as tuning
 from lorasync.kernels.grouped import merge_in_torch
+from lorasync.kernels.tune import Config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +24,15 @@ NF4 = torch.tensor(
      0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
      1.0]
 )  # fmt: skip
-SHAPES = [(1024, 2048, 64), (1000, 1234, 7), (513, 96, 1), (768, 1536, 8), (640, 640, 256), (33, 4096, 100)]
+SHAPES = [
+    (1024, 2048, 64),
+    (1000, 1234, 7),
+    (513, 96, 1),
+    (768, 1536, 8),
+    (640, 640, 256),
+    (1000, 1232, 200),
+    (33, 4096, 100),
+]
 
 
 def factors(rows: int, cols: int, r: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,6 +268,16 @@ def test_agrees_with_the_torch_fallback() -> None:
         merge_in_torch(other)
         ulp = torch.maximum(job.out.float().abs(), base.dequantize().float().abs()) * 2**-7
         assert bool(((job.out.float() - other.out.float()).abs() <= ulp).all())
+
+
+def test_a_tile_that_is_too_large_for_the_gpu_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, fitting = Config(256, 256, 8, 256, 0, 8, 3), Config(64, 64, 4, 64, 168, 8, 1)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: (large, fitting))
+    monkeypatch.setattr(tuning, "known", lambda _: None)
+    out = torch.empty(256, 512, dtype=BF16, device="cuda")
+    job = MergeJob(out, plain(256, 512), *factors(256, 512, 256, BF16), scaling=2.0)
+    assert GroupedMerge([job]).launches[0].config == fitting
+    check(job)
 
 
 def test_planning_writes_nothing() -> None:
