@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter, ne
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch import distributed as dist
 
 from lorasync.errors import NonFiniteError
 from lorasync.kernels import Peaks, largest
+from lorasync.lent import addresses
 from lorasync.source.base import scale_bound
 from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, is_sharded
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from lorasync.source.plan import Slot
 
 _SHOWN = 20
+_TRAINED, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
+_UNSEEN = (0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +52,15 @@ class FiniteCheck:
 
     def __init__(self, inputs: Sequence[Input], before: FiniteCheck | None = None) -> None:
         self._inputs = tuple(inputs)
+        self._names = [each.name for each in inputs]
         self._tensors = [each.tensor for each in inputs]
         self._sharded = any(can_be_sharded(each.tensor) for each in inputs)
-        self._states: dict[str, tuple[int, int, int]] = dict(before._states) if before else {}
-        self._peaks: dict[str, float] = dict(before._peaks) if before else {}
+        self._states = [_UNSEEN] * len(inputs)
+        self._peaks = [math.nan] * len(inputs)
+        if before is not None:
+            seen = dict(zip(before._names, zip(before._states, before._peaks, strict=True), strict=True))
+            for index, name in enumerate(self._names):
+                self._states[index], self._peaks[index] = seen.get(name, (_UNSEEN, math.nan))
         self._lie: list[int] = []
         self._scans: list[tuple[list[int], Peaks]] = []
         self._alone: list[int] = []
@@ -80,33 +90,36 @@ class FiniteCheck:
         Raises:
             NonFiniteError: With the name of every bad tensor.
         """
-        trained = [each for each in self._inputs if each.tensor.requires_grad]
-        for each in self._inputs:
-            if not each.tensor.requires_grad and self._states.get(each.name) != (s := self._state(each)):
-                self._states[each.name], self._peaks[each.name] = s, self._frozen_peak(each)
-        locals_ = [self._local(each.tensor) for each in trained]
-        self._peaks.update(zip([each.name for each in trained], self._look_at(locals_)(), strict=True))
-        peaks = {each.name: self._peaks[each.name] for each in self._inputs}
-        if self._sharded and any(is_sharded(each.tensor) for each in self._inputs):
-            peaks = dict(zip(peaks, _everywhere(list(peaks.values())), strict=True))
-        _refuse([name for name, peak in peaks.items() if not math.isfinite(peak)])
-        return peaks
+        locals_ = [_local(tensor) for tensor in self._tensors] if self._sharded else self._tensors
+        with torch._C.DisableTorchFunctionSubclass():
+            is_trained = list(map(_TRAINED, self._tensors))
+        look = self._look_at(list(compress(locals_, is_trained)))
+        self._look_at_changed(locals_, is_trained)
+        for index, peak in zip(compress(range(len(locals_)), is_trained), look(), strict=True):
+            self._peaks[index] = peak
+        found = self._peaks
+        if self._sharded and any(map(is_sharded, self._tensors)):
+            found = _everywhere(found)
+        if not all(map(math.isfinite, found)):
+            _refuse([name for name, peak in zip(self._names, found, strict=True) if not math.isfinite(peak)])
+        return dict(zip(self._names, found, strict=True))
 
-    def _state(self, each: Input) -> tuple[int, int, int]:
-        """Another one if the tensor was replaced, written to or moved."""
-        local = self._local(each.tensor)
-        return id(each.tensor), local._version, local.data_ptr()
-
-    def _frozen_peak(self, each: Input) -> float:
-        bound = each.bound() if each.bound else None
-        return largest(self._local(each.tensor)) if bound is None else bound
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        return _local(tensor) if self._sharded else tensor
+    def _look_at_changed(self, locals_: list[Tensor], is_trained: list[bool]) -> None:
+        """Of the frozen tensors at those that were replaced, written to or moved since they were looked at."""
+        with torch._C.DisableTorchFunctionSubclass():
+            states = list(
+                zip(map(id, self._tensors), map(_VERSION, locals_), addresses(locals_), strict=True)
+            )
+        for index in compress(range(len(states)), map(ne, states, self._states)):
+            if not is_trained[index]:
+                bound = self._inputs[index].bound
+                peak = bound() if bound else None
+                self._peaks[index] = largest(locals_[index]) if peak is None else peak
+                self._states[index] = states[index]
 
     def _look_at(self, tensors: list[Tensor]) -> Callable[[], list[float]]:
         """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
-        lie = [tensor.data_ptr() for tensor in tensors]
+        lie = addresses(tensors)
         if lie != self._lie:
             self._lie, (self._scans, self._alone) = lie, _scans(tensors)
         started = [(members, scan.start()) for members, scan in self._scans]
