@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Edit = FactorModule | FactorBias | FactorRows | FactorSaved
 Factors = Mapping[str, torch.Tensor]
+LOAD_BYTES = 32 << 20
+"""Merged weights that wait for vLLM's loader at once, if a single layer has not more."""
 
 
 class FactorApplier:
@@ -204,7 +207,7 @@ class FactorApplier:
         seen = set(by_kernel)
         self._other_rows = _by_name(row for row in rows if row not in seen)
         self._merges = {}
-        self._layers = self._layers_through_loader()
+        self._loads = self._names_in_loads()
         self._written = {row.param for row in rows}
 
     def _apply(self, factors: Factors) -> None:
@@ -212,8 +215,8 @@ class FactorApplier:
         self._merge_direct()
         writer = LiveWriter(self._live)
         try:
-            for layer in self._layers:
-                writer.write({n: self._merged(n) for n in sorted(self._live.names_through_loader(layer))})
+            for names in self._loads:
+                writer.write({name: self._merged(name) for name in names})
         except BaseException:
             writer.undo()
             raise
@@ -323,6 +326,20 @@ class FactorApplier:
     def _layers_through_loader(self) -> list[str]:
         params = {p for name in self._touched for p in self._live.indirect_params_fed_by(name)}
         return sorted({param.rpartition(".")[0] for param in params})
+
+    def _names_in_loads(self) -> list[list[str]]:
+        """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
+        loads: list[list[str]] = []
+        size = LOAD_BYTES
+        for layer in self._layers_through_loader():
+            if size >= LOAD_BYTES:
+                loads.append([])
+                size = 0
+            names = sorted(self._live.names_through_loader(layer))
+            loads[-1] += names
+            rows = [row for name in names for row in self._live.plan.rows_of(name)]
+            size += sum(math.prod(row.source.shape) for row in rows) * self._dtype.itemsize
+        return loads
 
     def _names_through_loader(self) -> list[str]:
         return sorted(

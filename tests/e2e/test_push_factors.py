@@ -46,12 +46,18 @@ def oracle(policy, path: str, out: Path, *, dtype: str = "float32", **settings):
     ids=lambda p: f"{p[0]}, TP={p[1]}, {p[2]}",
 )
 def engine(request, base, tmp_path_factory):
-    """An engine on the plain base, the answers for the adapter of seed 0, and the weights before the first push."""
+    """An engine on the plain base, the answers for the adapter of seed 0, and the weights before the first push.
+
+    In this process layers go through vLLM's loader one by one, in others all at once.
+    """
     place, ranks, dtype = request.param
     policy = tiny(base, getattr(torch, dtype))
     expected = oracle(policy, base, tmp_path_factory.mktemp("o"), dtype=dtype, tensor_parallel_size=ranks)
     settings = {"dtype": dtype, "tensor_parallel_size": ranks, **EXTENSION}
-    with running_llm(base, in_process=place == "this process", **settings) as llm:
+    here = place == "this process"
+    with pytest.MonkeyPatch.context() as patched, running_llm(base, in_process=here, **settings) as llm:
+        if here:
+            patched.setattr("lorasync.receive.factors.LOAD_BYTES", 1)
         untouched = served_weights(llm)
         assert len(untouched) == ranks
         yield Served(llm, getattr(torch, dtype), expected, untouched)
