@@ -47,7 +47,12 @@ class AdapterApplier:
         self._check_modules([name for name, _, _ in manifest])
         if not parsed(bool, wanted, "other_base"):
             self._check_base(parsed(samples_from_json, wanted, "samples"))
-        self._staging = Staging(manifest, torch.device("cpu"), pinned=engine.device.type == "cuda")
+        self._staging = Staging(
+            manifest,
+            torch.device("cpu"),
+            pinned=engine.device.type == "cuda",
+            dtype=engine.vllm_config.lora_config.lora_dtype,
+        )
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._previous = -1
         self._current = engine.version if engine.version in self._ours() else -1
@@ -58,7 +63,7 @@ class AdapterApplier:
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._staging.add(tensors)
-        vllm_parts.wait_for_stream(self._engine.device)  # the host reads it, to scale and convert it
+        vllm_parts.wait_for_stream(self._engine.device)  # the host reads it, to scale it
         return {"received": len(self._staging.received)}
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002

@@ -23,16 +23,22 @@ class Staging:
     """Collects the announced tensors on the device; nothing that is being served depends on it.
 
     With ``pinned`` in host memory that a GPU reads and writes by itself: what was copied there is there once its stream
-    has come so far.
+    has come so far. With ``dtype`` rounded to it on the way, where the tensors come from.
     """
 
     def __init__(
-        self, manifest: Iterable[ManifestEntry], device: torch.device, *, pinned: bool = False
+        self,
+        manifest: Iterable[ManifestEntry],
+        device: torch.device,
+        *,
+        pinned: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self.received: dict[str, torch.Tensor] = {}
         self._device = device
         self._pinned = pinned
+        self._dtype = dtype
         self._check = BucketCheck()
         self._room: dict[str, torch.Tensor] = {}
         self._spare: list[dict[str, torch.Tensor]] = []
@@ -76,8 +82,9 @@ class Staging:
 
     def _room_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self._room:
+            dtype = self._dtype or tensor.dtype
             self._room[name] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device=self._device, pin_memory=self._pinned
+                tensor.shape, dtype=dtype, device=self._device, pin_memory=self._pinned
             )
         return self._room[name]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lorasync as ls
 from lorasync.errors import EngineClosedError, MismatchError, SyncError, UnmergeableError
@@ -62,6 +63,24 @@ def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, 
         assert greedy(slots, **sync.request()) == second
         assert len(_adapters(slots)) == 2
     assert not _adapters(slots)
+
+
+def test_fp32_factors_in_bf16_slots_are_rounded_as_from_disk(base, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    policy = tiny(base, torch.bfloat16)
+    assert {meta.dtype for meta in ls.FactorSource(policy).metadata()} == {torch.float32}
+    policy.save_pretrained(tmp_path / "one")
+    with running_llm(base, dtype="bfloat16", enable_lora=True, max_lora_rank=8, max_cpu_loras=2) as llm:
+        on_disk = greedy(llm, lora_request=LoRARequest("disk", 7, str(tmp_path / "one")))
+        with connect(ls.FactorSource(policy), llm, ServeAdapter("policy")) as sync:
+            sync.send_weights()
+            assert greedy(llm, **sync.request()) == on_disk
+            models.move(policy, seed=5)
+            sync.send_weights()
+            assert greedy(llm, **sync.request()) != on_disk
+            sync.rollback()
+            assert greedy(llm, **sync.request()) == on_disk
 
 
 def test_a_version_that_comes_back_into_the_only_place_is_what_it_was(base):
