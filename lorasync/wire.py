@@ -201,27 +201,20 @@ def nbytes(tensors: Tensors) -> int:
 
 
 def write_safetensors(tensors: Tensors, path: Path) -> None:
-    """Write ``tensors`` (any device) as a safetensors file, each copied exactly once, straight into the file's pages.
+    """Write ``tensors`` (any device) as a safetensors file, one after another, without a second copy of them all.
 
-    `safetensors.torch.save_file` copies every tensor to bytes first, which costs a second copy of the bucket.
+    `safetensors.torch.save_file` copies every tensor to bytes first. Copies by torch into the mapped file wait for threads
+    that a busy engine may hold up, at each of hundreds of tensors.
 
     Raises:
-        SyncError: if the file system has no room for it; nothing is left there.
+        SyncError: if the file system has no room for it.
     """
     header, data_bytes = _header(tensors)
-    with _room_in(path.parent, len(header) + data_bytes), path.open("x+b") as file:
-        # A sparse file promises room that /dev/shm may not have, and writing then dies of SIGBUS.
-        os.posix_fallocate(file.fileno(), 0, len(header) + data_bytes)
+    with _room_in(path.parent, len(header) + data_bytes), path.open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, len(header) + data_bytes)  # all of it, or nothing is written
         file.write(header)
-    if data_bytes == 0:
-        return
-    storage: Any = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=len(header) + data_bytes)
-    everything = torch.empty(0, dtype=torch.uint8).set_(storage)
-    at = len(header)
-    for tensor in tensors.values():
-        size = tensor.numel() * tensor.element_size()
-        everything[at : at + size].copy_(as_bytes(tensor), non_blocking=False)
-        at += size
+        for tensor in tensors.values():
+            file.write(as_bytes(tensor).cpu().numpy().data)
 
 
 @contextlib.contextmanager
