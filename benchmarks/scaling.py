@@ -41,7 +41,9 @@ class Shape:
         matrices = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
         merged = self.layers * sum(i * o for i, o in matrices)
         factors = self.layers * rank * sum(i + o for i, o in matrices)
-        return Job(merged, 2 * self.vocabulary * d, factors, rank, **changes)
+        return Job(
+            merged, 2 * self.vocabulary * d, factors, rank, modules=self.layers * len(matrices), **changes
+        )
 
 
 SHAPES = (

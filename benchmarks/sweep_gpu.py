@@ -135,6 +135,7 @@ def predicted(run: str, way: str, bandwidth: float) -> float:
         given.rank,
         base=given.base,
         factor_bytes=parts.FACTORS[given.factors].itemsize,
+        modules=parts.QWEN2[given.shape][2] * len(parts.LINEAR),
     )
     device = replace(H100, bandwidth=bandwidth)
     link = CUDA_IPC if given.processes == 2 else None

@@ -7,7 +7,7 @@ said in `tests/test_cost.py`; links other than shared memory are nominal and wer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ class Device:
         name: what it is.
         bandwidth: bytes a second, read and written together.
         products: floating-point operations a second in B·A with 16-bit factors; they add to the memory's time.
-        decode: seconds to dequantize one weight.
+        decode: seconds to dequantize one weight, while memory is read and written beside it.
         overhead: seconds of one call.
-        host: seconds of Python around a push, by strategy: the checks, vLLM's own work. For about 200 adapted weights.
-        pcie: bytes a second to host memory and back, which an adapter goes through; 0 where the device is the host.
+        host: seconds of Python around a push for each adapted weight, by strategy: the checks, vLLM's own work.
+        pcie: bytes a second to host memory and back again, which an adapter goes through; 0 where the device is the
+            host.
     """
 
     name: str
@@ -71,12 +72,13 @@ H100 = Device(
     "H100",
     bandwidth=2.97e12,
     products=8.0e14,
-    decode=2.2e-13,
+    decode=1.06e-12,
     overhead=3e-4,
-    host={"factors": 1.5e-3, "merged": 4.5e-3, "adapter": 20e-3},
-    pcie=55e9,
+    host={"factors": 8e-6, "merged": 22e-6, "adapter": 117e-6},
+    pcie=42e9,
 )
-CUDA_IPC = Link("another process on the same GPU", math.inf, 6e-3, in_place=True)
+H200 = replace(H100, name="H200", bandwidth=4.22e12)
+CUDA_IPC = Link("another process on the same GPU", math.inf, 5e-3, in_place=True)
 NVLINK = Link("NVLink, 450 GB/s", 450e9 * 0.8, 1e-3)
 IB400 = Link("400 Gb/s", 50e9 * 0.9, 1e-3)
 ETHERNET10 = Link("10 Gb/s", 1.25e9 * 0.9, 2e-3)
@@ -95,6 +97,7 @@ class Job:
         served_bytes: bytes of one served weight.
         factor_bytes: 2 or 4.
         passes: reads of the base beside the one for merging: 1 for DoRA's norm.
+        modules: adapted weights; 7 a layer of most models.
     """
 
     merged: float
@@ -105,6 +108,7 @@ class Job:
     served_bytes: int = 2
     factor_bytes: int = 2
     passes: int = 0
+    modules: int = 196
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Cost:
 
 
 def merge_seconds(job: Job, device: Device, *, devices: int = 1) -> float:
-    """Seconds to compute every merged weight once: memory traffic, products, dequantization, one after another.
+    """Seconds to compute every merged weight once: memory traffic or dequantization, whichever takes longer, then products.
 
     Example:
         >>> qwen2_7b = Job(merged=6.525e9, untouched=1.1e9, factors=161e6, rank=64)
@@ -139,7 +143,7 @@ def merge_seconds(job: Job, device: Device, *, devices: int = 1) -> float:
     memory = job.merged * (reads + job.served_bytes) / device.bandwidth
     products = 2 * job.rank * job.merged * _PRODUCTS[job.factor_bytes] * (1 + job.passes) / device.products
     decode = job.merged * device.decode if BYTES_OF_BASE[job.base] <= 1 else 0.0
-    return (memory + products + decode) / devices + device.overhead
+    return (max(memory, decode) + products) / devices + device.overhead
 
 
 def sync_seconds(
@@ -173,7 +177,7 @@ def sync_seconds(
     size = wide * job.served_bytes if strategy == "merged" else job.factors * job.factor_bytes
     sends = 1 if broadcast else replicas
     wire = 0.0 if link is None else sends * size / link.bandwidth + link.overhead * (1 + math.log2(replicas))
-    host = worker.host.get(strategy, 0.0)
+    host = worker.host.get(strategy, 0.0) * job.modules
     if strategy == "merged":
         source = merge_seconds(job, trainer, devices=devices)
         in_place = link is None or link.in_place  # merged into the live weights: only the others are copied
@@ -183,5 +187,5 @@ def sync_seconds(
         kept = job.merged * BYTES_OF_BASE[job.base]
         return Cost(0.0, wire, merge_seconds(job, worker, devices=devices), host, size, kept)
     assert strategy == "adapter", strategy
-    copies = 2 * size * (1 / worker.bandwidth + (1 / worker.pcie if worker.pcie else 0.0))
+    copies = size * (2 / worker.bandwidth + (1 / worker.pcie if worker.pcie else 0.0))
     return Cost(0.0, wire, copies / devices, host, size, 2 * size)

@@ -177,6 +177,7 @@ def _job(model: Any, adapter: str | None, packed: str) -> Job | None:
         served_bytes=served[0].dtype.itemsize,
         factor_bytes=max(factors[0].dtype.itemsize, 2),
         passes=int(any(m.dora for m in modules)),
+        modules=len(modules),
     )
 
 
