@@ -49,7 +49,7 @@ matrix: setup
 
 ## make bench        the CPU benchmark of syncs
 bench: setup
-	$(RUN) benchmarks/sync_cpu.py $(MODEL) --results benchmarks/results/sync_smollm2_cpu_$$(date +%Y%m).md
+	$(RUN) benchmarks/sync_cpu.py $(MODEL) --results benchmarks/results/sync_five_ways_smollm2_cpu_$$(date +%Y%m).md
 
 ## make setup        only the set-up: .venv with CPU builds of torch and vLLM, and a small real model
 setup: $(VENV)/.ready $(MODEL)/config.json

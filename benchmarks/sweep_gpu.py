@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:1] = [str(ROOT)]  # instead of this folder: its names shadow others
+sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_parts as parts
 import sync_reports

@@ -24,7 +24,6 @@ class Way:
 @dataclass(frozen=True)
 class Report:
     title: str
-    head: str
     bandwidth: float
     floor: float
     ways: list[Way]
@@ -37,7 +36,6 @@ def read(path: Path) -> Report:
     ways = [Way(name, *map(float, (mb, ms, extra)), note) for name, mb, ms, _, extra, _, note in cells[2:]]
     return Report(
         title.removeprefix("# A whole sync, "),
-        head,
         float(found(r"bandwidth ([\d.]+) TB/s", head)) * 1e12,
         float(found(r"floor ([\d.]+) ms", head)),
         ways,

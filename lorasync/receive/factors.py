@@ -330,15 +330,16 @@ class FactorApplier:
     def _names_in_loads(self) -> list[list[str]]:
         """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
         loads: list[list[str]] = []
-        size = LOAD_BYTES
+        size = 0
         for layer in self._layers_through_loader():
-            if size >= LOAD_BYTES:
+            names = sorted(self._live.names_through_loader(layer))
+            rows = [row for name in names for row in self._live.plan.rows_of(name)]
+            of_layer = sum(math.prod(row.source.shape) for row in rows) * self._dtype.itemsize
+            if not loads or size + of_layer > LOAD_BYTES:
                 loads.append([])
                 size = 0
-            names = sorted(self._live.names_through_loader(layer))
             loads[-1] += names
-            rows = [row for name in names for row in self._live.plan.rows_of(name)]
-            size += sum(math.prod(row.source.shape) for row in rows) * self._dtype.itemsize
+            size += of_layer
         return loads
 
     def _names_through_loader(self) -> list[str]:
