@@ -27,8 +27,8 @@ def main() -> None:
     )  # fmt: skip
     for ax, report in zip(axes[:, 0], found, strict=True):
         names = [way.name for way in report.ways]
-        ours = ["tab:blue" if n.startswith(("factors", "merged", "adapter")) else "tab:gray" for n in names]
-        bars = ax.barh(names, [way.ms for way in report.ways], color=ours)
+        colors = ["tab:blue" if way.is_ours else "tab:gray" for way in report.ways]
+        bars = ax.barh(names, [way.ms for way in report.ways], color=colors)
         ax.bar_label(bars, fmt="%.0f", padding=3)
         ax.axvline(
             report.floor, color="tab:red", linestyle="--", label=f"memory floor, {report.floor:.1f} ms"

@@ -29,7 +29,6 @@ from gpu_parts import say
 
 from lorasync.push.cost import CUDA_IPC, H100, Job, sync_seconds
 
-OURS = ("factors", "merged", "adapter")
 ALL = "--ways factors,merged,adapter,merge_adapter,PEFT --drift --no-decode --repeats 10"
 RUNS = (
     *(f"--shape {shape} --base {base}" for shape in ("0.5b", "1.5b", "14b") for base in ("bf16", "nf4")),
@@ -108,7 +107,7 @@ def head(options: argparse.Namespace) -> list[str]:
 def lines(run: str, report: sync_reports.Report) -> list[str]:
     made = []
     for way in report.ways:
-        model = f"{predicted(run, way.name, report.bandwidth):.1f}" if way.name.startswith(OURS) else ""
+        model = f"{predicted(run, way.name, report.bandwidth):.1f}" if way.is_ours else ""
         drift = way.note.partition("100 syncs ")[2]
         figures = (
             f"{way.megabytes:.0f}",

@@ -20,6 +20,10 @@ class Way:
     extra_mb: float
     note: str
 
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(("factors", "merged", "adapter"))
+
 
 @dataclass(frozen=True)
 class Report:

@@ -74,15 +74,7 @@ class FiniteCheck:
         if self._sharded:
             return self.peaks
         look = self._look_at(self._tensors)
-
-        def end() -> None:
-            peaks = look()
-            if not math.isfinite(sum(peaks)):
-                _refuse(
-                    [i.name for i, peak in zip(self._inputs, peaks, strict=True) if not math.isfinite(peak)]
-                )
-
-        return end
+        return lambda: self._refuse_non_finite(look())
 
     def peaks(self) -> dict[str, float]:
         """Check the tensors as they are and return the largest absolute value of each.
@@ -100,9 +92,12 @@ class FiniteCheck:
         found = self._peaks
         if self._sharded and any(map(is_sharded, self._tensors)):
             found = _everywhere(found)
-        if not all(map(math.isfinite, found)):
-            _refuse([name for name, peak in zip(self._names, found, strict=True) if not math.isfinite(peak)])
+        self._refuse_non_finite(found)
         return dict(zip(self._names, found, strict=True))
+
+    def _refuse_non_finite(self, peaks: list[float]) -> None:
+        if not all(map(math.isfinite, peaks)):
+            _refuse([name for name, peak in zip(self._names, peaks, strict=True) if not math.isfinite(peak)])
 
     def _look_at_changed(self, locals_: list[Tensor], is_trained: list[bool]) -> None:
         """Of the frozen tensors at those that were replaced, written to or moved since they were looked at."""
