@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 _SCRIPT = """
 import json, sys, time
 
@@ -41,6 +43,45 @@ def test_importing_and_merging_work_where_the_optional_libraries_are_absent_and_
     assert found["names"] == ["0.weight", "0.bias"]
     assert found["loaded"] == []
     assert found["seconds"] < 1.0
+
+
+_MODULES = """
+import json, sys, time
+import torch
+
+before, began = set(sys.modules), time.process_time()
+import {module}
+print(json.dumps({{"seconds": time.process_time() - began, "modules": sorted(set(sys.modules) - before)}}))
+"""
+
+
+def _imported_by(module: str) -> dict:
+    script = _MODULES.format(module=module)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_package_and_the_plugin_import_next_to_nothing():
+    """VLLM imports the plugin in every one of its processes, also where lorasync is not used."""
+    for module in ("lorasync", "lorasync.plugin"):
+        found = _imported_by(module)
+        ours = [name for name in found["modules"] if name.startswith("lorasync")]
+        assert set(ours) <= {"lorasync", "lorasync.version", "lorasync.plugin"}
+        assert len(found["modules"]) < 50
+        assert found["seconds"] < 0.3
+
+
+def test_every_public_name_is_found_and_listed():
+    import lorasync
+
+    for name in lorasync.__all__:
+        assert getattr(lorasync, name).__name__ if callable(getattr(lorasync, name)) else True
+        assert name in dir(lorasync)
+    assert lorasync.push.connect.__name__ == "connect"
+    with pytest.raises(AttributeError, match="no attribute 'conect'"):
+        lorasync.conect  # noqa: B018
 
 
 def test_registering_twice_and_without_vllm_never_raises():

@@ -8,8 +8,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasync import __version__
 from lorasync.errors import LorasyncError, PayloadError, SyncError, SyncTimeoutError
+from lorasync.version import __version__
 from lorasync.wire import (
     ADAPTER_IDS,
     PROTOCOL,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from lorasync import __version__
 from lorasync.errors import (
     EngineClosedError,
     LorasyncError,
@@ -28,6 +27,7 @@ from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.same_gpu import Openings, gpu_of
+from lorasync.version import __version__
 from lorasync.wire import (
     PROTOCOL,
     Control,
