@@ -1,4 +1,7 @@
-"""Our sources as vLLM's own `WeightSource`, whichever of its two shapes the installed vLLM has."""
+"""Our sources as vLLM's own `WeightSource`, in the one of its two shapes that the installed vLLM has.
+
+Only that one is defined: since 0.33 vLLM refuses the other where its class is made.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +18,35 @@ if TYPE_CHECKING:
     from lorasync.source.merged import MergedSource
 
 
+if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once and must not change
+
+    class _Source(WeightSource):  # type: ignore[misc]
+        def __init__(self, source: MergedSource) -> None:
+            self._source = source
+
+        @cached_property
+        def metadata(self) -> list[Any]:
+            return _translated(self._source)
+
+        def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self._source)
+
+else:
+
+    class _Source(WeightSource):  # type: ignore[misc, no-redef]
+        def __init__(self, source: MergedSource) -> None:
+            self._source = source
+
+        def metadata(self) -> list[Any]:
+            return _translated(self._source)
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self._source)
+
+
 def weight_source(source: MergedSource) -> Any:
-    """Wrap ``source`` for this vLLM.
-
-    Up to 0.32 `metadata()` is a method and iteration is `__iter__`; since 0.33 `metadata` is a
-    `cached_property` and iteration is `iter_full()`.
-    """
-    kind = _PropertyMetadata if hasattr(WeightSource, "iter_full") else _MethodMetadata
-    return kind(source)
-
-
-class _MethodMetadata(WeightSource):  # type: ignore[misc]
-    def __init__(self, source: MergedSource) -> None:
-        self._source = source
-
-    def metadata(self) -> list[Any]:
-        return _translated(self._source)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._source)
-
-
-class _PropertyMetadata(WeightSource):  # type: ignore[misc]
-    def __init__(self, source: MergedSource) -> None:
-        self._source = source
-
-    @cached_property
-    def metadata(self) -> list[Any]:
-        return _translated(self._source)
-
-    def iter_full(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._source)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._source)
+    """Wrap ``source`` for this vLLM: `metadata()` and `__iter__` up to 0.32, `metadata` and `iter_full()` since 0.33."""
+    return _Source(source)
 
 
 def _translated(source: MergedSource) -> list[Any]:
