@@ -97,6 +97,10 @@ class StaleVersionError(SyncError):
     """The engine no longer serves the version that this trainer pushed last."""
 
 
+class VersionGoneError(SyncError, ValueError):
+    """A request names a version of an adapter that the engine no longer holds; that request alone fails."""
+
+
 class PayloadError(SyncError):
     """Bytes on the wire are truncated, altered or malformed; nothing of them was applied."""
 

@@ -31,16 +31,25 @@ def run_on(
     Raises:
         SyncError: on that thread.
     """
-    if _running_loop() is loop:
-        raise SyncError(
-            f"Called on the event loop that runs the engine, which would wait for itself. Use {instead}."
-        )
+    check_elsewhere(loop, instead=instead)
     running = asyncio.run_coroutine_threadsafe(make(), loop)
     try:
         return wait(running.result)
     except Exception:
         running.cancel()  # without effect on one that has ended
         raise
+
+
+def check_elsewhere(loop: asyncio.AbstractEventLoop, *, instead: str) -> None:
+    """Refuse to wait for a loop on its own thread.
+
+    Raises:
+        SyncError: if this is that thread; it says what to do instead.
+    """
+    if _running_loop() is loop:
+        raise SyncError(
+            f"Called on the event loop that runs the engine, which would wait for itself. Use {instead}."
+        )
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

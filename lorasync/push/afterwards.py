@@ -22,7 +22,7 @@ def with_canary(report: SyncReport, canary: Canary, request: dict[str, Any]) -> 
         f"the engine's answers lie {gap.mean:.3g} nats from the trainer's, expected at most {canary.limit:g} (canary): does "
         "it serve the model that was trained, in a dtype near the trainer's?"
     )
-    return _warned(replace(report, canary=gap), warning)
+    return warned(replace(report, canary=gap), warning)
 
 
 def with_survival(report: SyncReport, source: Any) -> SyncReport:
@@ -36,9 +36,10 @@ def with_survival(report: SyncReport, source: Any) -> SyncReport:
         f"only {kept:.1%} of the update survives rounding to the served dtype: the engine all but serves the base. "
         "ServeAdapter rounds nothing; MergedSource(rounding=Stochastic(seed)) keeps it on average."
     )
-    return _warned(replace(report, delta_survival=kept), warning)
+    return warned(replace(report, delta_survival=kept), warning)
 
 
-def _warned(report: SyncReport, warning: str) -> SyncReport:
+def warned(report: SyncReport, warning: str) -> SyncReport:
+    """Say it now, and in the report."""
     warnings.warn(warning, stacklevel=4)  # where `send_weights` was called
     return replace(report, warnings=(*report.warnings, warning))

@@ -72,18 +72,16 @@ class ServeAdapter:
     other_base: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name or "@" in self.name:
-            raise MismatchError(
-                "ServeAdapter needs a usable name.",
-                [
-                    _Mismatch(
-                        "name",
-                        repr(self.name),
-                        "a name without '@' (versions are told apart by it)",
-                        "Choose one.",
-                    )
-                ],
-            )
+        wrong = []
+        name: object = self.name
+        if not isinstance(name, str) or not name or "@" in name:
+            expected = "a name without '@' (versions are told apart by it)"
+            wrong.append(_Mismatch("name", repr(self.name), expected, "Choose one."))
+        other_base: object = self.other_base
+        if not isinstance(other_base, bool):
+            wrong.append(_Mismatch("other_base", repr(self.other_base), "True or False", "Choose one."))
+        if wrong:
+            raise MismatchError("ServeAdapter needs a usable name.", wrong)
 
 
 Apply = MergeInWorker | ServeAdapter

@@ -3,61 +3,86 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
-from lorasync.push.target import target_of
+from lorasync.push.targets import target_of
 from lorasync.same_gpu import Lender
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from typing import Literal
 
     from lorasync.lent import Bucket
     from lorasync.push.target import Pause
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 def named_targets(target: object) -> dict[str, object]:
     """One engine, or several: a list (then called ``engine 0``, ``engine 1``, …) or a dict with names.
 
     Raises:
-        MismatchError: if there are none, or one engine is there twice.
+        MismatchError: if there are none, or one engine or one name is there twice.
     """
     if isinstance(target, dict):
-        found = {str(name): engine for name, engine in target.items()}
-    elif isinstance(target, list | tuple):
-        found = {f"engine {i}": engine for i, engine in enumerate(target)}
+        pairs = [(str(name), engine) for name, engine in target.items()]
+    elif isinstance(target, list | tuple | set | frozenset):
+        pairs = [(f"engine {i}", engine) for i, engine in enumerate(target)]
     else:
-        found = {"engine": target}
-    if not found or len({id(engine) for engine in found.values()}) < len(found):
-        got = ", ".join(found) if found else "none"
+        pairs = [("engine", target)]
+    names, engines = {name for name, _ in pairs}, {id(engine) for _, engine in pairs}
+    if not pairs or len(names) < len(pairs) or len(engines) < len(pairs):
+        got = ", ".join(name for name, _ in pairs) or "none"
+        fix = "Pass the engines in a list or dict."
         raise MismatchError(
-            "connect() needs engines.",
-            [
-                Mismatch(
-                    "target", got, "at least one engine, each once", "Pass the engines in a list or dict."
-                )
-            ],
+            "connect() needs engines.", [Mismatch("target", got, "at least one engine, each once", fix)]
         )
-    return found
+    return dict(pairs)
 
 
 class Replicas:
     """Any number of sessions, as one."""
 
-    def __init__(self, targets: Mapping[str, object], *, timeout: float, pause: Pause) -> None:
-        checked = {n: target_of(engine, timeout=timeout, pause=pause) for n, engine in targets.items()}
+    def __init__(
+        self, targets: Mapping[str, object], *, timeout: float, pause: Pause, changes_weights: bool
+    ) -> None:
+        checked = {}
+        for name, engine in targets.items():
+            with _naming(name if len(targets) > 1 else ""):
+                checked[name] = target_of(engine, timeout=timeout, pause=pause)
+                checked[name].check_able(changes_weights=changes_weights)
         self._lender = Lender()
-        self.sessions = [EngineSession(target, name=n, timeout=timeout) for n, target in checked.items()]
+        self.sessions = [EngineSession(target, name=n) for n, target in checked.items()]
+
+    def begin(self) -> None:
+        """Another verb of the user's: each engine is waited for anew."""
+        for session in self.sessions:
+            session.target.patience.anew()
 
     @property
     def ranks(self) -> int:
         return sum(session.ranks for session in self.sessions)
+
+    @property
+    def dtypes(self) -> list[dict[str, str]]:
+        """What their weights, and their LoRA slots, are in."""
+        return [session.dtypes for session in self.sessions]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What their workers had to say in the handshake."""
+        one = len(self.sessions) == 1
+        return tuple(note if one else f"{s.name}: {note}" for s in self.sessions for note in s.notes)
+
+    def in_flight(self) -> set[int]:
+        """The versions of our adapter that unfinished requests name, on any engine."""
+        return {version for session in self.sessions for version in session.in_flight()}
 
     @property
     def closed(self) -> str:
@@ -70,7 +95,8 @@ class Replicas:
 
     @property
     def hold_adapter(self) -> bool:
-        return all(session.holds_adapter for session in self.sessions)
+        """Whether requests can name one version of an adapter on all of them."""
+        return all(s.holds_adapter and s.version == self.version for s in self.sessions)
 
     @property
     def version(self) -> int:
@@ -118,36 +144,53 @@ class Replicas:
             seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
             return payload.digest, max(seconds)
 
-    def commit(self, version: int) -> float:
+    def commit(self, version: int, keep: Collection[int] = ()) -> float:
         """All of them serve the version, or none does; the slowest worker's seconds.
 
         Raises:
             LorasyncError: the first refusal. Engines that had taken the version went back, or are closed.
         """
+        return max(self._all_or_none(version, lambda session: session.commit(version, keep), keep))
+
+    def rollback(self, version: int, keep: Collection[int] = ()) -> None:
+        """All of them go back to the version, or none does.
+
+        Raises:
+            LorasyncError: the first refusal. Engines that had gone back serve the version from before again, or are
+                closed.
+        """
+        self._all_or_none(version, lambda session: session.rollback(version, keep), keep)
+
+    def take_on(self, version: int) -> None:
+        """After weights have changed: what was cached of others goes."""
+        self.each(lambda session: session.take_on(version))
+
+    def _all_or_none(
+        self, version: int, call: Callable[[EngineSession], T], keep: Collection[int]
+    ) -> list[T]:
         before = {session.name: session.version for session in self.sessions}
-        outcomes = self._outcomes(lambda session: session.commit(version))
-        failed = [n for n, outcome in outcomes.items() if isinstance(outcome, BaseException)]
+        outcomes = self._outcomes(call)
+        failed = {n: e for n, e in outcomes.items() if isinstance(e, BaseException)}
         if not failed:
-            return max(float(seconds) for seconds in outcomes.values())
+            return list(outcomes.values())
         for session in self.sessions:
             if session.name in failed:
-                error = outcomes[session.name]
-                assert isinstance(error, BaseException)
-                session.find_out(version, error)
-            else:
-                _take_back(session, before[session.name], version)
-        raise self._named(failed[0], outcomes[failed[0]])
+                session.find_out(version, failed[session.name])
+            if session.version != before[session.name]:
+                _return_to(before[session.name], session, version, {*keep, before[session.name]})
+        name = next(iter(failed))
+        raise self._named(name, failed[name])
 
     def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
         self.each(lambda session: session.abort(version, error, beside=beside))
 
     def goodbye(self) -> None:
+        """Best effort: an engine that can't be told finds out at its next handshake."""
         for session in self.sessions:
-            with contextlib.suppress(Exception):
-                session.goodbye()
+            _say_goodbye(session)
 
-    def leave_out(self, name: str) -> None:
-        """Go on without an engine.
+    def leave_out(self, name: str, keep: Collection[int] = ()) -> None:
+        """Go on without an engine; it keeps these versions of an adapter.
 
         Raises:
             SyncError: if there is none of that name, or it is the last one.
@@ -157,9 +200,7 @@ class Replicas:
             raise SyncError(
                 f"leave_out: got {name!r}, expected one of {', '.join(names)}, and another one to stay."
             )
-        gone = self.sessions.pop(names.index(name))
-        with contextlib.suppress(Exception):
-            gone.goodbye()
+        _say_goodbye(self.sessions.pop(names.index(name)), keep)
 
     def each(self, call: Callable[[EngineSession], T]) -> list[T]:
         """Call for every engine, side by side where they are other processes.
@@ -192,23 +233,44 @@ class Replicas:
 
     def _named(self, name: str, error: Any) -> BaseException:
         assert isinstance(error, BaseException)
-        if len(self.sessions) == 1 or not isinstance(error, LorasyncError):
-            return error
-        if isinstance(error, MismatchError):
-            named: LorasyncError = type(error)(f"{name}: {error.summary}", error.mismatches)
-        else:
-            named = type(error)(f"{name}: {error}")
-        return named.with_traceback(error.__traceback__)
+        return error if len(self.sessions) == 1 else _naming_engine(name, error)
 
 
-def _take_back(session: EngineSession, before: int, version: int) -> None:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which engine it was, if a name is given."""
+    try:
+        yield
+    except LorasyncError as error:
+        if not name:
+            raise
+        raise _naming_engine(name, error) from error
+
+
+def _naming_engine(name: str, error: BaseException) -> BaseException:
+    if not isinstance(error, LorasyncError):
+        return error
+    if isinstance(error, MismatchError):
+        named: LorasyncError = type(error)(f"{name}: {error.summary}", error.mismatches)
+    else:
+        named = type(error)(f"{name}: {error}")
+    return named.with_traceback(error.__traceback__)
+
+
+def _return_to(before: int, session: EngineSession, version: int, keep: Collection[int]) -> None:
     """Another engine refused the version that this one has taken."""
     try:
-        session.rollback(before)
-        session.target.reset_prefix_cache()
+        session.rollback(before, keep)
+        session.take_on(before)
     except Exception as error:
-        session.find_out(version, error)
-        session.closed = session.closed or (
-            f"{session.name} serves version {version}, which another engine refused, and can't go back ({error}). "
-            "Call send_weights() again, or leave the other engine out with leave_out()."
+        session.shut(
+            f"{session.name} serves version {version}, which this trainer or another engine refused, and can't go back "
+            f"({error}). Call send_weights() again, or leave the other engine out with leave_out()."
         )
+
+
+def _say_goodbye(session: EngineSession, keep: Collection[int] = ()) -> None:
+    try:
+        session.goodbye(keep)
+    except Exception as error:
+        _LOG.info("%s was not told goodbye: %s", session.name, error)

@@ -8,7 +8,22 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasync.errors import LorasyncError, PayloadError, SyncError, SyncTimeoutError
+from lorasync.errors import (
+    EngineDeadError,
+    EngineNotReadyError,
+    LorasyncError,
+    SyncError,
+    SyncTimeoutError,
+)
+from lorasync.push.answers import (
+    NO_ANSWER,
+    Replies,
+    check_digests,
+    check_version,
+    failure,
+    raise_failed,
+    slowest,
+)
 from lorasync.version import __version__
 from lorasync.wire import (
     ADAPTER_IDS,
@@ -18,16 +33,13 @@ from lorasync.wire import (
     Mailbox,
     Update,
     digest_of_parts,
-    error_from_dict,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from lorasync.push.payload import Payload
     from lorasync.push.target import Target
-
-Replies = dict[int, dict[str, Any]]
 
 
 class EngineSession:
@@ -35,26 +47,38 @@ class EngineSession:
 
     Attributes:
         name: what errors call the engine.
-        ranks: how many workers answer; 0 if they can't (another host).
+        ranks: how many workers it has; each of them answers every message.
         version: what it serves, as far as the trainer knows.
-        closed: why it must not generate; empty if it may.
         gpu: the GPU that all its workers are on; empty if there is no such one.
         capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
+        others: how many adapters of the user's own its workers hold.
         holds_adapter: whether requests can name an adapter of the version.
+        dtypes: what its weights, and its LoRA slots, are in.
+        notes: what its workers had to say in the handshake.
     """
 
-    def __init__(self, target: Target, *, name: str, timeout: float) -> None:
+    def __init__(self, target: Target, *, name: str) -> None:
         self.name = name
         self.target = target
-        self.ranks = self.version = self.capacity = 0
-        self.closed = self.gpu = ""
+        self.ranks = self.version = self.capacity = self.others = 0
+        self.gpu = self._torn = self._shut = ""
         self.holds_adapter = False
-        self._timeout = timeout
+        self.dtypes: dict[str, str] = {}
+        self.notes: tuple[str, ...] = ()
         self._token = secrets.token_hex(8)
         self._calls = 0
         self._sent: list[str] = []  # the digests of the buckets of the version that is on its way
         self._mailbox = Mailbox.create()
         self._remove = weakref.finalize(self, self._mailbox.remove)
+
+    @property
+    def closed(self) -> str:
+        """Why it must not generate; empty if it may."""
+        return self._shut or self._torn
+
+    def shut(self, reason: str) -> None:
+        """It must not generate until a push completes, whatever its workers say."""
+        self._shut = reason
 
     @property
     def folder(self) -> Mailbox | None:
@@ -63,7 +87,7 @@ class EngineSession:
 
     @property
     def outdated(self) -> bool:
-        """Whether another trainer's versions are served; workers on another host can't leave word of it."""
+        """Whether another trainer's versions are served: the workers leave word of it."""
         return self._mailbox.outdated
 
     # ------------------------------------------------------------------------------------ what is asked
@@ -73,18 +97,35 @@ class EngineSession:
         call = self._next_call()
         try:
             replies = self.control(
-                "hello", call=call, apply=apply, manifest=manifest, in_flight=self.in_flight()
+                "hello",
+                call=call,
+                apply=apply,
+                manifest=manifest,
+                in_flight=self.in_flight(),
+                bucket=self._bytes_to_try(),
             )
-            self.ranks = max((int(r["world_size"]) for r in replies.values()), default=0)
+            if not replies:
+                raise EngineNotReadyError(NO_ANSWER)
+            self.ranks = max(int(r["world_size"]) for r in replies.values())
             replies = self._replies_to(call, replies)  # how many to wait for is known only now
         except BaseException:
             self._remove()
             raise
+        self._learn_engine(replies)
+        self._learn(replies)
+
+    def _bytes_to_try(self) -> dict[str, Any]:
+        """A client that can't carry bytes shows it here, instead of in the middle of the first push."""
+        return _as_dict(Update(op="abort", session=self._token, version=0, call=0, payload=b"\0"))
+
+    def _learn_engine(self, replies: Replies) -> None:
         gpus = {str(r.get("gpu", "")) for r in replies.values()}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
-        self.capacity = min((int(r.get("capacity", 0)) for r in replies.values()), default=0)
-        self.holds_adapter = bool(replies) and all(r.get("held", False) for r in replies.values())
-        self._learn(replies)
+        self.capacity = min(int(r.get("capacity", 0)) for r in replies.values())
+        self.others = max(int(r.get("others", 0)) for r in replies.values())
+        self.holds_adapter = all(r.get("held", False) for r in replies.values())
+        self.dtypes = next(iter(replies.values())).get("dtypes", {})
+        self.notes = tuple(dict.fromkeys(str(note) for r in replies.values() for note in r.get("notes", ())))
 
     def send(self, payload: Payload, version: int, *, op: Literal["bucket", "base"], beside: bool) -> float:
         """One bucket; the slowest worker's seconds.
@@ -109,14 +150,16 @@ class EngineSession:
             replies = self._replies_to(call) if background else replies
         else:
             replies = self._answered(lambda: self.target.update(_as_dict(update)), call=call)
-        _check_digests(replies, update.digest, "staged")
+        check_digests(replies, update.digest, "staged")
         if op == "bucket":
             self._sent.append(update.digest)
-        return _slowest(replies)
+        return slowest(replies)
 
     def start(self) -> None:
         try:
             self._answered(self.target.start, call=0)
+        except (SyncTimeoutError, EngineDeadError):
+            raise
         except SyncError as error:
             # A trainer that died has left its update open.
             self.abort(self.version + 1, error, beside=False)
@@ -125,8 +168,12 @@ class EngineSession:
     def finish(self) -> None:
         self._answered(self.target.finish, call=0)
 
-    def commit(self, version: int) -> float:
+    def commit(self, version: int, keep: Collection[int]) -> float:
         """Serve what was sent, if the engine still serves what the trainer believes; the slowest worker's seconds.
+
+        Args:
+            version: what it is from now on.
+            keep: the versions of an adapter that stay beside it.
 
         Raises:
             StaleVersionError: if somebody else has pushed meanwhile.
@@ -138,21 +185,40 @@ class EngineSession:
                 version=version,
                 expected=self.version,
                 digest=digest,
-                in_flight=self.in_flight(),
+                in_flight=tuple(sorted(keep)),
             )
+            check_digests(replies, digest, "applied")
         except SyncTimeoutError:
-            if not self._serves(version):  # the answer may be all that was lost
+            replies = self._serving(version)  # the answer may be all that was lost
+            if not replies:
                 raise
-            replies = {}
-        served = {reply["version"] for reply in replies.values()}
-        assert served <= {version}, f"ranks serve versions {served}"
-        _check_digests(replies, digest, "applied")
-        self.version, self.closed = version, ""
-        return _slowest(replies)
+        check_version(replies, version)
+        self.version, self._torn, self._shut = version, "", ""
+        return slowest(replies)
 
-    def rollback(self, version: int) -> None:
-        self.control("rollback", version=version, in_flight=self.in_flight())
+    def rollback(self, version: int, keep: Collection[int]) -> None:
+        """Serve the version before; asked for the one after it, go forward again."""
+        replies = self.control(
+            "rollback", version=version, expected=self.version, in_flight=tuple(sorted(keep))
+        )
+        check_version(replies, version)
         self.version = version
+
+    def take_on(self, version: int) -> None:
+        """What the engine keeps of other weights goes, and its outputs say which version they are of.
+
+        Raises:
+            SyncError: if that fails; the engine is closed, as it would answer from both.
+        """
+        try:
+            self.target.reset_prefix_cache()
+            self.target.name_version(str(version))
+        except BaseException as error:
+            self.shut(
+                f"Version {version} is in the engine, but so is what it has cached of the version before ({error}). "
+                "Call send_weights() again; a push that completes opens the engine."
+            )
+            raise
 
     def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
         """Tell the workers to give the update up, and find out what they serve; never raises."""
@@ -164,7 +230,7 @@ class EngineSession:
                 self.control("stage", bucket=update, call=call)
             else:
                 self.target.update(update)
-        if not beside and self.ranks > 1:  # one rank ends vLLM's update by failing; of several none may fail
+        if not beside:  # the workers answer, they don't fail: vLLM's update is still open
             with contextlib.suppress(Exception):
                 self.target.finish()
         self._mailbox.collect(call)
@@ -173,12 +239,9 @@ class EngineSession:
     def find_out(self, version: int, error: BaseException) -> None:
         """After a failure: ask what the engine serves now; one that does not say is closed."""
         try:
-            replies = self.control("status")
-            if not replies:
-                raise SyncError("no answer")
-            self._learn(replies)
+            self._learn(self.control("status"))
         except Exception:
-            self.closed = (
+            self._torn = (
                 f"The push of version {version} failed ({type(error).__name__}) and the engine does not say what it "
                 "serves. Call send_weights() again; if that fails too, restart the engine and connect() again."
             )
@@ -198,11 +261,14 @@ class EngineSession:
     def digests(self) -> dict[int, dict[str, Any]]:
         return self.control("digest")
 
-    def goodbye(self) -> None:
+    def goodbye(self, keep: Collection[int] = ()) -> None:
         """The engine keeps serving; the folder in shared memory goes."""
-        with contextlib.suppress(LorasyncError):
-            self.control("goodbye", in_flight=self.in_flight())
-        self._remove()
+        if not self._remove.alive:
+            return
+        try:
+            self.control("goodbye", in_flight=tuple(sorted({*keep, *self.in_flight()})))
+        finally:
+            self._remove()
 
     # -------------------------------------------------------------------------------- adapters in flight
 
@@ -218,11 +284,9 @@ class EngineSession:
         """
         if not self.capacity:
             return
-        deadline = time.monotonic() + (self._timeout if self.target.generates_meanwhile else 0.0)
+        deadline = time.monotonic() + (self._limit if self.target.generates_meanwhile else 0.0)
         while True:
-            held = set(self.in_flight())
-            if self.target.generates_meanwhile and self.version:
-                held.add(self.version)  # new requests name it until the commit
+            held = {*self.in_flight(), *self.needed_beside()}
             if len(held) < self.capacity:
                 return
             if time.monotonic() >= deadline:
@@ -232,6 +296,10 @@ class EngineSession:
                     "only), or let requests finish before the next push."
                 )
             time.sleep(0.01)
+
+    def needed_beside(self) -> set[int]:
+        """The version that new requests name until the commit, where some may come."""
+        return {self.version} if self.target.generates_meanwhile and self.version else set()
 
     # ---------------------------------------------------------------------------------- calls and answers
 
@@ -250,8 +318,13 @@ class EngineSession:
             lambda: self.target.init(dict(vars(control))), call=call, at_once=not control.background
         )
 
+    @property
+    def _limit(self) -> float:
+        return self.target.patience.limit
+
     def _answered(self, request: Callable[[], None], *, call: int, at_once: bool = True) -> Replies:
         """Make a call; raise the workers' own error if one of them reports one."""
+        began = time.monotonic()
         try:
             request()
         except LorasyncError:
@@ -259,81 +332,61 @@ class EngineSession:
             raise
         except Exception as error:
             replies = self._mailbox.collect(call)
-            _raise_failed(replies, error)
+            raise_failed(replies, error)
             if not replies or self.ranks == 1:
-                raise SyncError(f"The engine failed: {type(error).__name__}: {error}") from error
+                raise failure(error) from error
             # What failed was an earlier call: vLLM had given that up before it read the answer of this rank.
-            return self._replies_to(call, replies)
+            return self._replies_to(call, replies, began=began)
         if not call or not at_once:
             return {}
-        return self._replies_to(call)
+        return self._replies_to(call, began=began)
 
-    def _replies_to(self, call: int, known: Replies | None = None) -> Replies:
+    def _replies_to(self, call: int, known: Replies | None = None, *, began: float | None = None) -> Replies:
         """Wait for the answers of all ranks, which may come after vLLM's own call has returned.
 
         A rank that stages beside the engine's work answers when it is done. And vLLM gives a call up at the first rank
         that fails and leaves the other answers unread, so that all its later calls return before those ranks are done.
         """
-        began = checked = time.monotonic()
-        deadline = began + self._timeout
+        patience = self.target.patience
+        asked = checked = time.monotonic()
+        deadline = (asked if began is None else began) + patience.seconds(f"{self.name}: its workers")
         replies: Replies = dict(known or {})
         while True:
             replies |= self._mailbox.collect(call)
-            _raise_failed(replies)
+            raise_failed(replies)
             if len(replies) >= self.ranks:
                 return replies
             now = time.monotonic()
             if now >= deadline:
                 silent = sorted(set(range(self.ranks)) - replies.keys())
+                patience.give_up()
                 raise SyncTimeoutError(
-                    f"worker ranks {silent} of {self.ranks} did not answer within {self._timeout:g} s. Are they busy, "
+                    f"worker ranks {silent} of {self.ranks} did not answer within {self._limit:g} s. Are they busy, "
                     "hung or dead? connect(..., timeout=…) sets the limit."
                 )
             if now - checked > 1.0:
                 self.target.check_alive()
                 checked = now
-            time.sleep(min(max((now - began) / 8, 0.0003), 0.02))  # it is noticed an eighth too late at most
+            time.sleep(min(max((now - asked) / 8, 0.0003), 0.02))  # it is noticed an eighth too late at most
 
-    def _serves(self, version: int) -> bool:
+    def _serving(self, version: int) -> Replies:
+        """The workers' answers, if all of them serve this version; none otherwise."""
         with contextlib.suppress(Exception):
             replies = self.control("status")
-            return bool(replies) and all(
-                r["version"] == version and not r["closed"] for r in replies.values()
-            )
-        return False
+            if all(r["version"] == version and not r["closed"] for r in replies.values()):
+                return replies
+        return {}
 
     def _learn(self, replies: Replies) -> None:
         self.version = max((int(r["version"]) for r in replies.values()), default=self.version)
-        self.closed = next((r["closed"] for r in replies.values() if r["closed"]), "")
+        self._torn = next((r["closed"] for r in replies.values() if r["closed"]), "")
+        served = sorted({int(r["version"]) for r in replies.values()})
+        if len(served) > 1 and not self._torn:
+            self._torn = f"Its workers serve different versions: {served}. Call send_weights() again."
 
     def _next_call(self) -> int:
         self._calls += 1
         return self._calls
-
-
-def _raise_failed(replies: Replies, cause: BaseException | None = None) -> None:
-    failed = {rank: r for rank, r in replies.items() if not r["ok"]}
-    if failed:
-        raise error_from_dict(failed[min(failed)]["error"]) from cause
-
-
-def _check_digests(replies: Replies, expected: str, done: str) -> None:
-    """Compare what each rank says of its bytes with what was sent.
-
-    Raises:
-        PayloadError: naming the ranks with others.
-    """
-    others = {
-        rank: str(r.get("digest", "")) for rank, r in replies.items() if r.get("digest", "") != expected
-    }
-    if others:
-        raise PayloadError(
-            f"ranks {sorted(others)} have {done} other bytes than were sent: digests {others}, expected {expected}."
-        )
-
-
-def _slowest(replies: Replies) -> float:
-    return max((float(r["seconds"]) for r in replies.values()), default=0.0)
 
 
 def _as_dict(update: Update) -> dict[str, Any]:

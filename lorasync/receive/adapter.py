@@ -59,7 +59,9 @@ class AdapterApplier:
 
     def describe(self) -> dict[str, Any]:
         held = self._current > 0
-        return {"modules": len(self._spec.modules), "capacity": int(self._manager.capacity), "held": held}
+        others = len(self._manager.list_adapters()) - len(self._ours())
+        capacity = int(self._manager.capacity)
+        return {"modules": len(self._spec.modules), "capacity": capacity, "held": held, "others": others}
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._staging.add(tensors)
@@ -71,18 +73,13 @@ class AdapterApplier:
 
     def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:
         tensors = self._staging.take(version)
-        capacity = int(self._manager.capacity)
-        if len(set(in_flight)) >= capacity:
-            raise SyncError(
-                f"max_cpu_loras: got {capacity}, expected room for version {version} beside {sorted(in_flight)}, which "
-                "requests in flight still name. Nothing was changed."
-            )
-        before = {self._current} & self._ours() if len({*in_flight, self._current}) < capacity else set()
-        self._retire_all_but({*in_flight, *before})
+        keep = set(in_flight) - {version}
+        self._check_room(version, keep)
+        self._retire_all_but(keep)
         try:
             self._install(version, tensors)
         except BaseException:
-            self._retire_all_but({*in_flight, *before})
+            self._retire_all_but(keep)
             if self._current in self._kept:  # it may have had to make room
                 self._install(self._current, self._kept[self._current])
             raise
@@ -94,17 +91,20 @@ class AdapterApplier:
         if self._previous not in self._kept:
             raise SyncError("rollback: there is no version before this one on this connection.")
         back = self._previous
-        if back not in self._ours():
-            self._retire_all_but(in_flight)
-        self._install(back, self._kept[back])
+        self._check_room(back, set(in_flight) - {back})
         self._retire_all_but({*in_flight, back})
-        self._kept = {back: self._kept[back]}
-        self._previous, self._current = -1, back
+        self._install(back, self._kept[back])
+        self._previous, self._current = self._current, back  # asked again, it goes forward
         return {"adapter_id": ADAPTER_IDS + back}
 
     def undo(self) -> bool:
         self._staging.drop()
         return False
+
+    def hand_over(self) -> None:
+        """Another trainer's applier serves the adapter from now on, whose next push decides what goes."""
+        self.undo()
+        self._kept = {}
 
     def close(self, in_flight: Collection[int]) -> None:
         """Remove our adapters: nobody is left to name their versions. Those still in use go at the next handshake."""
@@ -122,9 +122,26 @@ class AdapterApplier:
         if version not in self._ours():
             self._refuse_taken(number)
             self._manager.add_adapter(vllm_parts.lora_model(number, tensors, self._helper, self._engine))
-        # Its path leads nowhere: dropped to make room, it could not be loaded again, which ends the engine.
-        vllm_parts.keep_in_cache(self._manager, number)
+        self._pin(version)
         self._manager.activate_adapter(number)
+
+    def _pin(self, newest: int) -> None:
+        """Our paths lead nowhere: dropped to make room, a version could not be loaded again, which ends the engine.
+
+        One place stays unpinned for a user's own adapter, which can't be loaded otherwise, and that ends it as well.
+        """
+        older = sorted(self._ours() - {newest}, reverse=True)
+        places = max(int(self._manager.capacity) - 1, 1)
+        for rank, version in enumerate([newest, *older]):
+            vllm_parts.keep_in_cache(self._manager, ADAPTER_IDS + version, pinned=rank < places)
+
+    def _check_room(self, version: int, keep: set[int]) -> None:
+        capacity = int(self._manager.capacity)
+        if len(keep) >= capacity:
+            raise SyncError(
+                f"max_cpu_loras: got {capacity}, expected room for version {version} beside {sorted(keep)}, which "
+                "requests in flight still name. Nothing was changed."
+            )
 
     def _refuse_taken(self, number: int) -> None:
         """VLLM would keep what it has under this id, and serve that."""

@@ -7,6 +7,8 @@ vLLM calls it through its weight-transfer seam (`init_transfer_engine`, `start_w
 from __future__ import annotations
 
 import contextlib
+import logging
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync.errors import (
     EngineClosedError,
+    EngineNotReadyError,
     LorasyncError,
     Mismatch,
     MismatchError,
@@ -23,7 +26,9 @@ from lorasync.errors import (
     SyncError,
 )
 from lorasync.kernels import PendingMerge
+from lorasync.layout import check_layout
 from lorasync.receive import vllm_parts
+from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.same_gpu import Openings, gpu_of
@@ -34,6 +39,7 @@ from lorasync.wire import (
     Mailbox,
     Update,
     digest_of_parts,
+    dtype_name,
     error_as_dict,
     message,
     read_safetensors,
@@ -47,6 +53,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     """One per vLLM worker; made when the worker loads its model, idle until a trainer says hello."""
 
@@ -57,6 +66,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._applier: Applier | None = None
+        self._before = -1  # the version that a rollback leads to
         self._mailboxes: dict[str, Mailbox] = {}  # by session, as an `Update` names only that
         self._session = ""
         self.version = 0
@@ -88,6 +98,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             return
         # A trainer that is not, or no more, the one that pushes is answered in its own mailbox too.
         box = Mailbox.open(init_info.mailbox)
+        if init_info.op == "hello" and box is None:
+            raise EngineNotReadyError(
+                f"worker rank {self.rank} on {socket.gethostname()} can't reach the trainer's folder {init_info.mailbox}, "
+                "through which it would answer: another host, container or user. What can't be known to have arrived is not "
+                "pushed. Run the engine and the trainer on one host, as one user, with one /dev/shm. Nothing was touched."
+            )
         self._answering(init_info.call, lambda: operations[init_info.op](init_info), box)
 
     def start_weight_update(self) -> None:
@@ -117,15 +133,20 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _hello(self, control: Control) -> dict[str, Any]:
         self._check_protocol(control)
+        check_layout(self.vllm_config.parallel_config)
+        if control.bucket is not None:
+            message(Update, control.bucket)  # whether bytes come through as they are
         before = self._applier
         if before is not None:
             self._abort(before)  # of a trainer that died, or was not told that another one took over
         self._applier = self._applier_for(control)
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
-            stays = () if self._applier.changes_weights else (self.version,)  # until the next push
-            if not stays and not before.changes_weights:
-                self._outdate_others(control.session)
-            before.close((*control.in_flight, *stays))
+            if isinstance(before, AdapterApplier) and isinstance(self._applier, AdapterApplier):
+                before.hand_over()  # all its versions stay until the next push: it has no word yet of this trainer
+            else:
+                if not before.changes_weights:
+                    self._outdate_others(control.session)
+                before.close(control.in_flight)
             self._gpu.close()
         self._session = control.session
         # Trainers that were taken over from may still call: each is answered in its own mailbox while that exists.
@@ -133,7 +154,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         box = Mailbox.open(control.mailbox)
         if box is not None:
             self._mailboxes[control.session] = box
-        return {**self._applier.describe(), "gpu": gpu_of(self.device)}
+        return {**self._applier.describe(), "gpu": gpu_of(self.device), "dtypes": self._dtypes()}
+
+    def _dtypes(self) -> dict[str, str]:
+        """What weights and LoRA slots are served in."""
+        lora = self.vllm_config.lora_config
+        weights = dtype_name(self.model_config.dtype)
+        return {"weights": weights, "slots": weights if lora is None else dtype_name(lora.lora_dtype)}
 
     def _applier_for(self, control: Control) -> Applier:
         try:
@@ -212,16 +239,26 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         except BaseException:
             self._abort(applier)
             raise
-        self.version = control.version
+        self._before, self.version = self.version, control.version
         self.closed = ""
         self.weights_pushed |= applier.changes_weights
         self._digests = []
         return {**found, "digest": digest}
 
     def _rollback(self, control: Control) -> dict[str, Any]:
-        found = self._applier_of(control.session).rollback(control.in_flight)
+        applier = self._applier_of(control.session)
+        if (control.expected, control.version) != (self.version, self._before):
+            raise SyncError(
+                f"rollback: the engine serves {self.version} and can go to {self._before}, expected {control.expected} and "
+                f"{control.version}. Nothing was touched."
+            )
+        try:
+            found = applier.rollback(control.in_flight)
+        except BaseException:
+            self._abort(applier)
+            raise
         vllm_parts.wait_for(self.device)
-        self.version = control.version
+        self._before, self.version = self.version, control.version
         return found
 
     def _goodbye(self, control: Control) -> dict[str, Any]:
@@ -325,9 +362,12 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             body = operation()
         except BaseException as error:
             replied = self._reply(call, {"ok": False, "error": error_as_dict(error)}, before, mailbox)
-            # vLLM gives a call up at the first rank that fails, and takes what others answered for the next call's.
-            if not replied or self._ranks == 1 or not isinstance(error, Exception):
+            # Raised through vLLM it would be printed as a failure of the engine, once a rank; and vLLM gives a call up at
+            # the first rank that fails, and takes what others answered for the next call's.
+            if not replied or not isinstance(error, Exception):
                 raise
+            if not isinstance(error, LorasyncError):
+                _LOG.exception("lorasync: a message of the trainer's failed")
             return
         self._reply(call, {"ok": True, **body}, before, mailbox)
 

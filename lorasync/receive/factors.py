@@ -100,10 +100,15 @@ class FactorApplier:
     def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
         if self._previous is None:
             raise SyncError("rollback: there is no version before this one on this connection.")
-        self._apply(self._previous)
-        if self._served is not None:
-            self._staging.give_back(self._served)
-        self._served, self._previous = self._previous, None
+        try:
+            self._apply(self._previous)
+        except BaseException:
+            self._torn = True
+            if self._served is not None:
+                self._apply(self._served)
+                self._torn = False
+            raise
+        self._served, self._previous = self._previous, self._served  # asked again, it goes forward
         return {}
 
     def undo(self) -> bool:

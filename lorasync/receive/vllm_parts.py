@@ -190,11 +190,15 @@ def is_pushed(adapter: Any) -> bool:
     return getattr(adapter, "pushed_by_lorasync", False) is True
 
 
-def keep_in_cache(manager: Any, number: int) -> None:
-    """Let no other adapter push this one out of the worker's cache in host memory."""
+def keep_in_cache(manager: Any, number: int, *, pinned: bool) -> None:
+    """Let no other adapter push this one out of the worker's cache in host memory, or let it."""
     cache = manager._registered_adapters
-    if hasattr(cache, "pin"):
+    if not hasattr(cache, "pin"):
+        return
+    if pinned:
         cache.pin(number)
+    else:
+        cache.pinned_items.discard(number)
 
 
 def lora_module_of(tensor_name: str, model: torch.nn.Module) -> str:

@@ -1,0 +1,84 @@
+"""An engine that is reached through a client: any object with vLLM's weight-sync calls."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from lorasync.errors import EngineNotReadyError, SyncError
+from lorasync.push.limit import Patience
+from lorasync.push.target import WEIGHT_SYNC_CALLS
+
+if TYPE_CHECKING:
+    from lorasync.push.target import WeightSyncCalls
+
+
+class CallsTarget:
+    """Any object with vLLM's four weight-sync calls, each taking plain dicts."""
+
+    in_process = False
+    generates_meanwhile = True
+
+    def __init__(self, calls: WeightSyncCalls, *, timeout: float) -> None:
+        self._calls = calls
+        self.patience = Patience(timeout)
+
+    def check_able(self, *, changes_weights: bool) -> None:
+        """A client of the user's may lack anything: without a reset, cached keys and values of old weights are served."""
+        needed = (*WEIGHT_SYNC_CALLS, "reset_prefix_cache") if changes_weights else WEIGHT_SYNC_CALLS
+        lacking = [name for name in needed if not callable(getattr(self._calls, name, None))]
+        if lacking:
+            raise EngineNotReadyError(
+                f"{type(self._calls).__name__}: has no {', '.join(f'{name}()' for name in lacking)}, expected all of "
+                f"{', '.join(needed)}: each is called in every push. Add it to the object. Nothing was touched."
+            )
+
+    def check_elsewhere(self) -> None:
+        """These calls have no thread of their own."""
+
+    def init(self, info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", info)
+
+    def start(self) -> None:
+        self._call("start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        self._call("update_weights", info)
+
+    def finish(self) -> None:
+        self._call("finish_weight_update")
+
+    def name_version(self, version: str) -> None:
+        """These calls don't name it."""
+
+    def reset_prefix_cache(self) -> None:
+        if self._call("reset_prefix_cache") is False:
+            raise SyncError("prefix cache: the engine did not reset it, expected an empty cache. Push again.")
+
+    def pause(self) -> None:
+        """Pausing is the caller's: these calls have none."""
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
+
+    def adapters_in_flight(self) -> frozenset[int]:
+        """These calls don't tell: the caller keeps requests of retired versions away."""
+        return frozenset()
+
+    def settle(self) -> None:
+        """These calls don't tell."""
+
+    def check_alive(self) -> None:
+        """These calls don't tell."""
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        what = "the handshake" if name == WEIGHT_SYNC_CALLS[0] else name
+        found = self.patience.call(lambda: getattr(self._calls, name)(*arguments), what)
+        if inspect.isawaitable(found):
+            if inspect.iscoroutine(found):
+                found.close()
+            raise EngineNotReadyError(
+                f"{type(self._calls).__name__}.{name}: returned {type(found).__name__}, still to be awaited, expected "
+                "to return when the engine has answered. Wrap it: asyncio.run_coroutine_threadsafe(…).result(), ray.get(…)."
+            )
+        return found
