@@ -65,6 +65,10 @@ class Replicas:
         for session in self.sessions:
             session.target.patience.anew()
 
+    def catch_up(self) -> None:
+        """Ask those that did not say what they serve."""
+        self.each(lambda session: session.catch_up())
+
     @property
     def ranks(self) -> int:
         return sum(session.ranks for session in self.sessions)

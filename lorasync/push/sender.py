@@ -70,6 +70,7 @@ class Sender:
         began = time.perf_counter()
         totals = Totals(strategy_of(self._apply))
         engines.begin()
+        engines.catch_up()
         with stoppable(engines) as stop:
             if self._apply is None:
                 stop.begin()  # merged weights are live as they come

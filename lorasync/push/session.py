@@ -62,7 +62,7 @@ class EngineSession:
         self.target = target
         self.ranks = self.version = self.capacity = self.others = 0
         self.gpu = self._torn = self._shut = ""
-        self.holds_adapter = False
+        self.holds_adapter = self._unheard = False
         self.dtypes: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         self._token = secrets.token_hex(8)
@@ -218,7 +218,9 @@ class EngineSession:
                 f"Version {version} is in the engine, but so is what it has cached of the version before ({error}). "
                 "Call send_weights() again; a push that completes opens the engine."
             )
-            raise
+            if isinstance(error, LorasyncError) or not isinstance(error, Exception):
+                raise
+            raise failure(error) from error
 
     def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
         """Tell the workers to give the update up, and find out what they serve; never raises."""
@@ -241,9 +243,23 @@ class EngineSession:
         try:
             self._learn(self.control("status"))
         except Exception:
+            self._unheard = True
             self._torn = (
                 f"The push of version {version} failed ({type(error).__name__}) and the engine does not say what it "
                 "serves. Call send_weights() again; if that fails too, restart the engine and connect() again."
+            )
+
+    def catch_up(self) -> None:
+        """What an engine was told that did not answer in time, it may have done since."""
+        if not self._unheard:
+            return
+        believed = self.version
+        self._learn(self.control("status"))
+        self._unheard = False
+        if self.version != believed:
+            self.shut(
+                f"The engine has taken version {self.version} after it had been waited for. Call send_weights() again; a "
+                "push that completes opens the engine."
             )
 
     def check_ours(self) -> None:

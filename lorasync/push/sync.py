@@ -281,6 +281,7 @@ class Sync:
 
     def _roll_back(self, engines: Replicas, before: int) -> None:
         engines.begin()
+        engines.catch_up()
         with stoppable(engines) as stop:
             if self._versions is None:
                 stop.begin()

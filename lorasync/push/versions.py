@@ -122,5 +122,5 @@ class AdapterVersions:
     def _taken(self) -> str:
         taken = self._engines.outdated if self._engines else []
         if not taken:
-            return ""
+            return self._engines.closed if self._engines else ""
         return f"another trainer has taken {', '.join(taken)} over, whose versions are served now. connect() again."

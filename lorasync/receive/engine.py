@@ -28,7 +28,6 @@ from lorasync.errors import (
 from lorasync.kernels import PendingMerge
 from lorasync.layout import check_layout
 from lorasync.receive import vllm_parts
-from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.same_gpu import Openings, gpu_of
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+
+    from lorasync.receive.adapter import AdapterApplier
 
 
 _LOG = logging.getLogger(__name__)
@@ -141,8 +142,10 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._abort(before)  # of a trainer that died, or was not told that another one took over
         self._applier = self._applier_for(control)
         if before is not None:  # not earlier: a handshake that is refused leaves the old version serving
-            if isinstance(before, AdapterApplier) and isinstance(self._applier, AdapterApplier):
-                before.hand_over()  # all its versions stay until the next push: it has no word yet of this trainer
+            if not before.changes_weights and not self._applier.changes_weights:
+                cast(
+                    "AdapterApplier", before
+                ).hand_over()  # all its versions stay until the next push: it has no word yet of this trainer
             else:
                 if not before.changes_weights:
                     self._outdate_others(control.session)
