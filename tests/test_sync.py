@@ -351,6 +351,19 @@ def test_shutdown_from_inside_of_a_push_is_refused_instead_of_waiting_for_itself
 # ------------------------------------------------------------------------------------- all engines, or none
 
 
+def test_a_commit_that_never_arrives_leaves_nothing_for_the_next_push(policy, way):
+    llm = StubLLM()
+    with connected(policy, llm, way) as sync:
+        push(sync)
+        llm.on["commit"] = raising(ConnectionError("lost on its way"))
+        with pytest.raises(SyncError, match="lost on its way"):
+            push(sync)
+        assert bool(sync.closed) == (way == "merged")  # its weights have come, and are not to be relied on
+        llm.on.clear()
+        assert sync.send_weights().version == sync.version == 2
+        assert served(llm) == {2}
+
+
 def served(llm: StubLLM) -> set[int]:
     return {worker.version for worker in llm.workers}
 

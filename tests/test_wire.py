@@ -87,7 +87,42 @@ def test_mutated_payloads_are_refused_or_differ_in_digest_and_never_crash(place,
         got = wire.unpack(bad)
     except PayloadError:
         return
-    assert wire.digest(got) != wire.digest(TENSORS) or got.keys() == TENSORS.keys()
+    assert (wire.digest(got) == wire.digest(TENSORS)) == _same(got, TENSORS)
+
+
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[n].dtype == right[n].dtype
+        and left[n].shape == right[n].shape
+        and torch.equal(wire.as_bytes(left[n]), wire.as_bytes(right[n]))
+        for n in left
+    )
+
+
+_KINDS = st.sampled_from([torch.float32, torch.bfloat16, torch.int32, torch.uint8])
+_TENSOR = st.builds(
+    lambda dtype, shape, seed: (torch.arange(shape[0] * shape[1]) * 7 + seed).to(dtype).reshape(shape),
+    _KINDS,
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.integers(0, 2),
+)
+_BUCKETS = st.dictionaries(st.sampled_from(["a", "b", "a|b", "a.b"]), _TENSOR, max_size=3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_BUCKETS, _BUCKETS)
+def test_two_buckets_have_one_digest_if_and_only_if_they_are_the_same(left, right):
+    assert (wire.digest(left) == wire.digest(right)) == _same(left, right)
+    assert wire.digest(left) == wire.digest(dict(reversed(left.items())))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(["x" * 32, "y" * 32]), max_size=4),
+    st.lists(st.sampled_from(["x" * 32, "y" * 32]), max_size=4),
+)
+def test_the_digest_of_a_version_tells_its_buckets_and_their_order(left, right):
+    assert (wire.digest_of_parts(left) == wire.digest_of_parts(right)) == (left == right)
 
 
 def test_a_truncated_file_is_refused(tmp_path):

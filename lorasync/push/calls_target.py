@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class CallsTarget:
     def _call(self, name: str, *arguments: Any) -> Any:
         what = "the handshake" if name == WEIGHT_SYNC_CALLS[0] else name
         found = self.patience.call(lambda: getattr(self._calls, name)(*arguments), what)
-        if inspect.isawaitable(found):
+        if inspect.isawaitable(found) or isinstance(found, concurrent.futures.Future):
             if inspect.iscoroutine(found):
                 found.close()
             raise EngineNotReadyError(

@@ -179,7 +179,7 @@ class Replicas:
             return list(outcomes.values())
         for session in self.sessions:
             if session.name in failed:
-                session.find_out(version, failed[session.name])
+                session.undo_commit(version, failed[session.name])
             if session.version != before[session.name]:
                 _return_to(before[session.name], session, version, {*keep, before[session.name]})
         name = next(iter(failed))

@@ -238,6 +238,10 @@ class EngineSession:
         self._mailbox.collect(call)
         self.find_out(version, error)
 
+    def undo_commit(self, version: int, error: BaseException) -> None:
+        """A commit has failed, or never arrived: what was sent for it goes, and what is served is asked; never raises."""
+        self.abort(version, error, beside=True)
+
     def find_out(self, version: int, error: BaseException) -> None:
         """After a failure: ask what the engine serves now; one that does not say is closed."""
         try:

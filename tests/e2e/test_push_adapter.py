@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import lorasync as ls
-from lorasync.errors import EngineClosedError, MismatchError, SyncError, UnmergeableError
+from lorasync.errors import EngineClosedError, MismatchError, SyncError, UnmergeableError, VersionGoneError
 from lorasync.push import ServeAdapter, connect
 from lorasync.verify import adapter_effect
 from tests import models
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.timeout(420)
 
 @pytest.fixture(scope="module", params=["another process", "this process"])
 def slots(request, base):
-    lora = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 2}
+    lora = {"enable_lora": True, "max_lora_rank": 64, "max_loras": 2, "max_cpu_loras": 3}
     here = request.param == "this process"
     measured = {} if here else heap.MEASURED
     with running_llm(base, in_process=here, dtype="float32", **lora, **measured) as llm:
@@ -58,6 +59,7 @@ def test_a_served_adapter_answers_like_the_one_that_vllm_loads_from_disk(slots, 
         for step in range(20):
             models.move(policy, seed=step)
             sync.send_weights()
+            assert sync.request()
         models.move(policy, seed=5)
         sync.send_weights()
         assert greedy(slots, **sync.request()) == second
@@ -233,3 +235,87 @@ def test_an_adapter_does_not_open_an_engine_that_a_merged_push_left_torn(slots, 
     with connect(ls.FactorSource(policy), slots, ServeAdapter("policy", other_base=True)) as sync:
         sync.send_weights()
         assert greedy(slots, **sync.request()) != greedy(slots)
+
+
+@pytest.fixture(scope="module", params=["another process", "this process"])
+def two_places(request, base):
+    """VLLM's default with two adapters in a batch: room for two in all."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    with running_llm(base, in_process=request.param == "this process", dtype="float32", **lora) as llm:
+        yield llm
+
+
+def test_a_kept_request_fails_alone_and_the_engine_goes_on(two_places, base):
+    policy = tiny(base)
+    with connect(ls.FactorSource(policy), two_places, ServeAdapter("policy")) as sync:
+        sync.send_weights()
+        kept = sync.request()
+        first = greedy(two_places, **kept)
+        for seed in (5, 6):
+            models.move(policy, seed=seed)
+            sync.send_weights()
+            newest = greedy(two_places, **sync.request())
+        for request in (kept, {"lora_request": [copy.deepcopy(kept["lora_request"])]}):
+            with pytest.raises(VersionGoneError, match=r"policy@1: .*sync\.request\(\)"):
+                greedy(two_places, PROMPTS[:1], **request)
+        assert not two_places.llm_engine.has_unfinished_requests()
+        with pytest.raises(VersionGoneError):  # one of a batch: nothing of it is left in the engine
+            two_places.generate(
+                list(PROMPTS[:2]), lora_request=[sync.request()["lora_request"], kept["lora_request"]]
+            )
+        assert not two_places.llm_engine.has_unfinished_requests()
+        assert greedy(two_places, **sync.request()) == newest != first
+    for request in (kept, {"lora_request": kept["lora_request"]}):
+        with pytest.raises(VersionGoneError, match=r"shut down: connect\(\) again"):
+            greedy(two_places, PROMPTS[:1], **request)
+    assert greedy(two_places)
+
+
+def test_a_kept_request_is_answered_by_the_newest_version_if_so_chosen(two_places, base):
+    policy = tiny(base)
+    with connect(ls.FactorSource(policy), two_places, ServeAdapter("policy"), on_gone="newest") as sync:
+        sync.send_weights()
+        kept = sync.request()
+        first = greedy(two_places, **kept)
+        for seed in (5, 6):
+            models.move(policy, seed=seed)
+            sync.send_weights()
+            newest = greedy(two_places, **sync.request())
+            assert greedy(two_places, **kept) == newest != first  # from no cache of the old one either
+        sync.rollback()
+        assert greedy(two_places, **kept) == greedy(two_places, **sync.request()) != newest
+
+
+def test_a_user_s_own_adapters_are_served_beside_the_policy_wherever_there_is_a_place(
+    two_places, base, tmp_path
+):
+    """One place stays unpinned: VLLM ends the engine when it has to load an adapter and all are pinned."""
+    from vllm.lora.request import LoRARequest
+
+    theirs = []
+    for number in (7, 8):
+        tiny(base, seed=number).save_pretrained(tmp_path / str(number))
+        theirs.append({"lora_request": LoRARequest(f"mine {number}", number, str(tmp_path / str(number)))})
+    expected = [greedy(two_places, **request) for request in theirs]
+    policy = tiny(base)
+    with connect(ls.FactorSource(policy), two_places, ServeAdapter("policy")) as sync:
+        for seed in range(4):
+            models.move(policy, seed=seed)
+            sync.send_weights()
+            ours = greedy(two_places, **sync.request())
+            for _ in range(2):
+                assert [greedy(two_places, **request) for request in theirs] == expected
+                assert greedy(two_places, **sync.request()) == ours
+        sync.rollback()
+        assert [greedy(two_places, **request) for request in theirs] == expected
+        assert greedy(two_places, **sync.request()) != ours
+
+
+def test_an_engine_without_a_place_for_a_user_s_adapter_is_warned_of(base, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    tiny(base, seed=7).save_pretrained(tmp_path / "mine")
+    with running_llm(base, in_process=True, dtype="float32", enable_lora=True, max_lora_rank=8) as llm:
+        greedy(llm, lora_request=LoRARequest("mine", 7, str(tmp_path / "mine")))
+        with pytest.warns(UserWarning, match=r"max_cpu_loras: got 1, expected at least 4"):
+            connect(ls.FactorSource(tiny(base)), llm, ServeAdapter("policy")).shutdown()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import lorasync as ls
-from lorasync.errors import EngineDeadError, SyncError
+from lorasync.errors import EngineDeadError, SyncError, VersionGoneError
 from lorasync.push import MergeInWorker, ServeAdapter, connect
 from lorasync.verify import Canary
 from tests import models
@@ -127,12 +127,14 @@ async def _outlived(base: str) -> None:
         pushed = 1
         while not slow.done():
             models.move(policy, seed=1 + pushed)
+            assert sync.request()
             await sync.send_weights_async()
             pushed += 1
             if pushed == 3:
                 assert not slow.done(), "too fast to prove anything"
                 assert 1_000_001 in await engine.list_loras()
         assert await slow == alone
+        assert sync.request()
         models.move(policy, seed=0)
         await sync.send_weights_async()
         assert await ask("last", 100, **sync.request()) == alone
@@ -142,6 +144,71 @@ async def _outlived(base: str) -> None:
         assert 1_000_001 not in await engine.list_loras()
         await asyncio.to_thread(sync.shutdown)
         assert not await engine.list_loras()
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("on_gone", ["refuse", "newest"])
+def test_a_rollout_of_several_turns_that_keeps_its_request_ends_no_engine(base, on_gone):
+    """Between two turns nothing is in flight, and the version that the request names goes."""
+    asyncio.run(_turns(base, on_gone))
+
+
+async def _turns(base: str, on_gone: str) -> None:
+    from vllm import SamplingParams
+
+    engine, names = async_llm(base, **ADAPTER_SLOTS, max_cpu_loras=3), iter(range(10**6))
+    policy, pushes, gone = tiny(base), asyncio.Event(), 0
+
+    async def turn(tokens: int = 8, **request) -> tuple[int, ...]:
+        wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        async for output in engine.generate("Once upon a time", wanted, f"r{next(names)}", **request):
+            last = output
+        return tuple(last.outputs[0].token_ids)
+
+    async def rollout() -> None:
+        nonlocal gone
+        while not pushes.is_set():
+            kept = sync.request()
+            try:
+                for _ in range(6):
+                    await turn(tokens=2, **kept)
+                    await asyncio.sleep(0.02)
+            except VersionGoneError:
+                gone += 1
+
+    try:
+        sync = await asyncio.to_thread(
+            connect, ls.FactorSource(policy), engine, ServeAdapter("p"), timeout=120, on_gone=on_gone
+        )
+        await sync.send_weights_async()
+        first = sync.request()
+        assert await turn(**first)
+        for seed in (1, 2, 3):
+            models.move(policy, seed=seed)
+            await sync.send_weights_async()
+            newest = await turn(**sync.request())
+        if on_gone == "refuse":
+            with pytest.raises(VersionGoneError, match="p@1"):
+                await turn(**first)
+        else:
+            assert await turn(**first) == newest
+        assert await turn(**sync.request()) == newest
+        users = [asyncio.create_task(rollout()) for _ in range(4)]
+        for seed in range(12):
+            models.move(policy, seed=seed)
+            await sync.send_weights_async()
+            await asyncio.sleep(0.02)
+        pushes.set()
+        await asyncio.wait_for(asyncio.gather(*users), 60)
+        assert bool(gone) == (on_gone == "refuse")
+        with pytest.raises(SyncError, match="event loop"):  # it would wait for itself
+            sync.shutdown()
+        assert await turn(**sync.request())
+        await asyncio.to_thread(sync.shutdown)
+        with pytest.raises(VersionGoneError, match="shut down"):
+            await turn(**first)
+        assert await turn()
     finally:
         engine.shutdown()
 

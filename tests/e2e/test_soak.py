@@ -73,8 +73,9 @@ def test_a_thousand_pushes_leave_nothing_behind(strategy, base, expected, result
                 inline_limit = (0, 4 << 20)[push % 2]  # through a file, and in the call
                 patched.setattr("lorasync.push.payload.INLINE_LIMIT", inline_limit)
                 sync.send_weights()
+            request = sync.request()
             if push % EVERY == 0:
-                found = greedy(llm, **sync.request())
+                found = greedy(llm, **request)
                 if strategy == "adapter":  # slots add s·B·A·x to W·x, which rounds otherwise
                     check_alike(found, expected)
                 else:
