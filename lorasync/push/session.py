@@ -158,7 +158,8 @@ class EngineSession:
     def start(self) -> None:
         try:
             self._answered(self.target.start, call=0)
-        except (SyncTimeoutError, EngineDeadError):
+        except (SyncTimeoutError, EngineDeadError) as error:
+            self.find_out(self.version + 1, error)
             raise
         except SyncError as error:
             # A trainer that died has left its update open.

@@ -39,6 +39,7 @@ from lorasync.errors import (
     PushInProgressError,
     StaleVersionError,
     SyncError,
+    VersionGoneError,
 )
 from lorasync.export import merge_to_disk
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
@@ -437,6 +438,15 @@ def _generating(bench: Bench) -> Iterator[None]:
         assert answers() == undisturbed, "requests in flight lost their version"
 
 
+def _request_of_a_version_that_is_gone(bench: Bench) -> None:
+    kept = bench.sync.request()
+    for seed in (1, 2, 0):
+        bench.push(seed)
+        assert bench.serves(seed)
+    models.move(bench.policy, seed=1)
+    greedy(bench.wire, PROMPTS[:1], **kept)
+
+
 ROWS = (
     Row("the source raises in the middle", ConnectionError, "the trainer died here",
         lambda b: _source(b, raising(ConnectionError("the trainer died here"))), MIDDLE),
@@ -487,6 +497,8 @@ ROWS = (
         _generating, {"merged": KEPT, "factors": KEPT}),
     Row("another trainer has pushed meanwhile", StaleVersionError, "somebody else has pushed",
         lambda b: _on_wire(b, on_control=_other_version_expected), MIDDLE),
+    Row("a request for a version that is gone", VersionGoneError, r"policy@.*sync\.request\(\)",
+        lambda b: contextlib.nullcontext(), {"adapter": KEPT}, act=_request_of_a_version_that_is_gone),
     Row("another protocol version on the other side", MismatchError, "Install the same version on both sides",
         lambda b: _on_wire(b, on_control=lambda info: info.update(protocol=999)), NOWHERE, act=_connect_anew,
         sends_nothing=True),
@@ -598,6 +610,45 @@ def test_an_engine_without_the_backend_is_refused_and_goes_on_serving(base, tmp_
                 Bench(strategy, tiny(base), Wire(llm), base, tmp_path).connect()
             assert greedy(llm) == before
             page.add("vLLM is started without the backend", strategy, type(caught.value), KEPT, 0.0)
+
+
+def test_a_push_after_shutdown_is_refused_and_the_engine_goes_on(bench: Bench, page: Any) -> None:
+    bench.ready()
+    old, sent = bench.sync, bench.wire.buckets
+    old.shutdown()
+    for verb in (old.send_weights, old.request, old.rollback, old.digests):
+        with pytest.raises(SyncError, match=r"shut down: connect\(\) again") as caught:
+            verb()
+    assert bench.wire.buckets == sent
+    if bench.strategy != "adapter":  # its versions have gone with the connection
+        assert greedy(bench.wire) == bench.answers[0]
+    bench.sync = bench.connect()
+    for seed in (2, 0):
+        bench.push(seed)
+        assert bench.serves(seed)
+    page.add("a push after shutdown()", bench.strategy, type(caught.value), KEPT, 0.0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_an_engine_in_the_process_of_another_rank_is_refused_on_every_rank(base, tmp_path, page: Any) -> None:
+    """TRL's colocated layout: every trainer rank has an engine of its own; a push reaches rank 0's."""
+    run_two(Path(__file__).with_name("own_engines.py"), base, str(tmp_path), logs=tmp_path)
+    found = json.loads((tmp_path / "outcome.json").read_text())
+    for rank, error in (("0", "SyncError"), ("1", "MismatchError")):
+        assert found[rank]["error"] == error
+        assert re.search(r"(?s)trainer rank 1.*connect\(source, None\)", found[rank]["message"])
+        assert found[rank]["after"] == found[rank]["base"]
+    assert found["0"]["pushed"] != found["0"]["base"]
+    assert found["1"]["pushed"] == found["1"]["base"]
+    assert re.search("external_launcher.*2 workers", found["0"]["spread"])
+    page.add(
+        "an engine in the process of another trainer rank",
+        "merged",
+        MismatchError,
+        KEPT,
+        found["0"]["seconds"],
+    )
 
 
 def test_an_adapter_over_weights_that_a_push_has_changed_is_refused(bench: Bench, page: Any) -> None:
@@ -769,6 +820,8 @@ def test_every_row_and_strategy_is_on_the_page() -> None:
         *(("vLLM is started without the backend", strategy) for strategy in STRATEGIES),
         ("an adapter over weights that a push has changed", "adapter"),
         ("raw shards of ZeRO-3 (two real ranks)", "merged"),
+        ("an engine in the process of another trainer rank", "merged"),
+        *(("a push after shutdown()", strategy) for strategy in STRATEGIES),
         ("the trainer is killed in the middle of a push", "merged"),
         ("the disk gets full (lorasync merge)", "no engine"),
         ("the engine is restarted between pushes", "merged"),

@@ -1,0 +1,129 @@
+"""Several engines as one: what one refuses none serves, and errors name the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from lorasync.errors import EngineNotReadyError, MismatchError, SyncError
+from lorasync.push.replicas import Replicas, named_targets
+from lorasync.wire import manifest_as_text
+from tests.stub_engine import StubLLM, raising
+
+BUCKET = {"w": torch.arange(6.0).reshape(2, 3)}
+MANIFEST = manifest_as_text([("w", torch.float32, (2, 3))])
+
+
+def greeted(kind: str = "merge", **llms: StubLLM) -> Replicas:
+    engines = Replicas(llms, timeout=10.0, pause="keep", changes_weights=True)
+    engines.hello(f'{{"kind": "{kind}"}}', MANIFEST)
+    return engines
+
+
+def test_engines_have_names():
+    a, b = object(), object()
+    assert named_targets(a) == {"engine": a}
+    assert named_targets([a, b]) == named_targets((a, b)) == {"engine 0": a, "engine 1": b}
+    assert named_targets({"left": a, 2: b}) == {"left": a, "2": b}
+    assert set(named_targets({a, b}).values()) == {a, b}
+
+
+@pytest.mark.parametrize("target", [[], {}, ()])
+def test_no_engine_is_refused(target):
+    with pytest.raises(MismatchError, match="at least one"):
+        named_targets(target)
+
+
+def test_an_engine_that_is_none_is_named_before_anybody_is_talked_to():
+    llm = StubLLM()
+    with pytest.raises(EngineNotReadyError, match=r"^right: target: got int"):
+        Replicas({"left": llm, "right": 5}, timeout=1.0, pause="keep", changes_weights=True)
+    assert not llm.calls
+
+
+def test_a_handshake_that_one_refuses_is_said_goodbye_to_by_the_others():
+    llms = {"left": StubLLM(), "right": StubLLM()}
+    llms["right"].on["hello"] = raising(RuntimeError("no"))
+    with pytest.raises(SyncError, match=r"^right: .*no"):
+        greeted(**llms)
+    assert llms["left"].calls == ["hello", "goodbye"]
+
+
+@pytest.mark.parametrize("who", ["left", "right"])
+@pytest.mark.parametrize("point", ["commit", "commit in the worker"])
+@pytest.mark.parametrize("kind", ["merge", "adapter", "load"])
+def test_a_commit_that_one_refuses_is_taken_back_by_the_others_or_closes_them(kind, who, point):
+    llms = {"left": StubLLM(workers=2), "right": StubLLM()}
+    engines = greeted(kind, **llms)
+    for version in (1, 2):
+        engines.send(BUCKET, version, beside=True)
+        engines.commit(version, {version - 1})
+    engines.send(BUCKET, 3, beside=True)
+    llms[who].on[point] = raising(RuntimeError("no"))
+    with pytest.raises(SyncError, match=rf"^{who}: .*no"):
+        engines.commit(3, {2})
+    found = {name: {worker.version for worker in llm.workers} for name, llm in llms.items()}
+    if kind == "load":  # weights that are replaced don't come back
+        assert engines.closed
+    else:
+        assert found == {"left": {2}, "right": {2}}
+        assert not engines.closed
+    llms[who].on.clear()
+    engines.send(BUCKET, 3, beside=True)
+    engines.commit(3, {2})
+    assert {worker.version for llm in llms.values() for worker in llm.workers} == {3}
+    assert not engines.closed
+    engines.goodbye()
+
+
+def test_engines_elsewhere_are_asked_side_by_side_and_all_end_before_the_error_is_raised():
+    llms = {name: StubLLM() for name in ("a", "b", "c")}
+    engines, together = greeted(**llms), threading.Barrier(3)
+    for llm in llms.values():
+        llm.on["status"] = lambda: together.wait(10)
+    engines.each(lambda session: session.check_ours())
+    ended: list[str] = []
+
+    def slow(session: Any) -> None:
+        if session.name == "a":
+            raise SyncError("at once")
+        time.sleep(0.2)
+        ended.append(session.name)
+
+    with pytest.raises(SyncError, match=r"^a: at once"):
+        engines.each(slow)
+    assert sorted(ended) == ["b", "c"]
+    engines.goodbye()
+
+
+def test_an_error_keeps_its_kind_and_what_was_wrong():
+    engines = greeted(left=StubLLM(), right=StubLLM())
+
+    def wrong(session: Any) -> None:
+        raise MismatchError("two differ", [])
+
+    with pytest.raises(MismatchError, match=r"^left: two differ") as caught:
+        engines.each(wrong)
+    assert caught.value.mismatches == ()
+    engines.leave_out("left")
+    with pytest.raises(MismatchError, match=r"^two differ"):
+        engines.each(wrong)
+    engines.goodbye()
+
+
+def test_a_dead_engine_can_be_left_out_and_the_last_one_not():
+    llms = {"left": StubLLM(), "right": StubLLM()}
+    engines = greeted(**llms)
+    for point in ("goodbye", "status"):
+        llms["right"].on[point] = raising(RuntimeError("dead"))
+    with pytest.raises(SyncError, match="leave_out: got 'middle', expected one of left, right"):
+        engines.leave_out("middle")
+    engines.leave_out("right")
+    assert [session.name for session in engines.sessions] == ["left"]
+    with pytest.raises(SyncError, match="another one to stay"):
+        engines.leave_out("left")
+    engines.goodbye()
