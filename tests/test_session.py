@@ -64,7 +64,7 @@ def test_merged_weights_go_through_vllm_s_update_which_ends_also_when_a_worker_r
     send(session, 1, beside=False)
     session.finish()
     session.commit(1, ())
-    assert llm.calls[-3:] == ["finish", "commit", "commit in the worker"]
+    assert llm.calls[-4:-1] == ["finish", "commit", "commit in the worker"]
     session.goodbye()
 
 

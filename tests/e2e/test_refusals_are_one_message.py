@@ -35,31 +35,36 @@ def refused(what, call):
     raise AssertionError(what)
 
 
-with running_llm(path, in_process=sys.argv[3] == "here", dtype="float32", **settings) as llm:
-    policy = tiny(path)
-    before = greedy(llm)
-    print("BEGIN", file=sys.stderr, flush=True)
-    for apply in (MergeInWorker(base="checkpoint"), ServeAdapter("p")):
-        refused("a larger rank", lambda: connect(ls.FactorSource(tiny(path, r=16)), llm, ServeAdapter("p")))
-        weight = policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
-        weight.data *= 1.5
-        refused("another base", lambda: connect(ls.FactorSource(policy), llm, apply))
-        weight.data /= 1.5
-    other = models.with_adapter(models.tiny_llama(vocab_size=49152, num_hidden_layers=3))
-    refused("another architecture", lambda: connect(ls.MergedSource(other), llm))
-    with connect(ls.MergedSource(policy), llm, bucket_bytes=200_000, timeout=60) as sync:
-        with connect(ls.MergedSource(policy), llm, bucket_bytes=200_000, timeout=60) as taker:
-            refused("taken over", sync.send_weights)
-            taker.source = from_the_middle(ls.MergedSource(policy), lambda n, t: [(n, t[:1])])
-            refused("another shape", taker.send_weights)
-            refused("closed", taker.request)
-            taker.source = from_the_middle(ls.MergedSource(policy), raising(ConnectionError("the source")))
-            refused("the source", taker.send_weights)
-            taker.source = ls.MergedSource(policy)
-            taker.send_weights()
-            refused("merged weights do not go back", taker.rollback)
-    print("END", file=sys.stderr, flush=True)
-    assert greedy(llm) != before
+def main():
+    with running_llm(path, in_process=sys.argv[3] == "here", dtype="float32", **settings) as llm:
+        policy = tiny(path)
+        before = greedy(llm)
+        print("BEGIN", file=sys.stderr, flush=True)
+        for apply in (MergeInWorker(base="checkpoint"), ServeAdapter("p")):
+            refused("a larger rank", lambda: connect(ls.FactorSource(tiny(path, r=16)), llm, ServeAdapter("p")))
+            weight = policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+            weight.data *= 1.5
+            refused("another base", lambda: connect(ls.FactorSource(policy), llm, apply))
+            weight.data /= 1.5
+        other = models.with_adapter(models.tiny_llama(vocab_size=49152, num_hidden_layers=3))
+        refused("another architecture", lambda: connect(ls.MergedSource(other), llm))
+        with connect(ls.MergedSource(policy), llm, bucket_bytes=200_000, timeout=60) as sync:
+            with connect(ls.MergedSource(policy), llm, bucket_bytes=200_000, timeout=60) as taker:
+                refused("taken over", sync.send_weights)
+                taker.source = from_the_middle(ls.MergedSource(policy), lambda n, t: [(n, t[:1])])
+                refused("another shape", taker.send_weights)
+                refused("closed", taker.request)
+                taker.source = from_the_middle(ls.MergedSource(policy), raising(ConnectionError("the source")))
+                refused("the source", taker.send_weights)
+                taker.source = ls.MergedSource(policy)
+                taker.send_weights()
+                refused("merged weights do not go back", taker.rollback)
+        print("END", file=sys.stderr, flush=True)
+        assert greedy(llm) != before
+
+
+if __name__ == "__main__":
+    main()
 """
 
 
