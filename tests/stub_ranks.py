@@ -90,7 +90,46 @@ def a_refusal_reaches_all_ranks(source: Any) -> None:
             sync.send_weights()
         assert RANK == 0 or "rank 0" in str(caught.value)
         llm.on.clear()
-        assert sync.send_weights().version == sync.version == 1
+        assert sync.send_weights().version == sync.version == 2
+
+
+class Gathered:
+    """A source whose tensors are put together from all ranks, as under ZeRO-3; it may fail on one after that."""
+
+    def __init__(self, source: Any, *, fails_on: int = -1) -> None:
+        self.source, self.fails_on = source, fails_on
+
+    def metadata(self) -> Any:
+        return self.source.metadata()
+
+    def __iter__(self) -> Any:
+        for name, tensor in self.source:
+            shared = tensor.clone()
+            dist.broadcast(shared, src=0)
+            yield name, shared
+        if self.fails_on == RANK:
+            raise ConnectionError("after the last tensor")
+
+
+def no_engine_commits_what_a_rank_could_not_read(source: Any) -> None:
+    llm = StubLLM()
+    with connect(Gathered(source), only(0, llm), bucket_bytes=10_000) as sync:
+        assert sync.send_weights().version == 1
+        for rank in (0, 1):
+            sync.source = Gathered(source, fails_on=rank)
+            with pytest.raises(only(rank, ConnectionError, SyncError), match="after the last tensor"):
+                sync.send_weights()
+            assert {worker.version for worker in llm.workers} == {only(0, 1, 0)}
+            assert bool(sync.closed) == (RANK == 0)  # merged weights have come
+        sync.source = Gathered(source)
+        llm.in_flight = {"left over": None}
+        with pytest.raises(
+            SyncError, match="left over"
+        ):  # at once, not when the others have read their sources
+            sync.send_weights()
+        llm.in_flight = {}
+        assert sync.send_weights().version == 2
+        assert not sync.closed
 
 
 def adapters(policy: Any) -> None:
@@ -142,6 +181,7 @@ def main() -> None:
     engines_of_other_ranks(ls.MergedSource(policy))
     what_works(ls.MergedSource(policy))
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
+    no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))
     adapters(policy)
     dist.destroy_process_group()
 

@@ -19,18 +19,21 @@ from lorasync.push.apply import (
     strategy_of,
 )
 from lorasync.push.payload import buckets
+from lorasync.push.ranks import agreed_by_all_ranks
 from lorasync.push.report import SyncReport, Totals, timed
 from lorasync.push.stop import stoppable
 from lorasync.same_gpu import gpu_of
 from lorasync.source import FactorSource, MergedSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lorasync.lent import Bucket, Lent
     from lorasync.push.replicas import Replicas
     from lorasync.push.stop import Stop
     from lorasync.push.versions import AdapterVersions
+
+    Stream = Iterator[tuple[str, torch.Tensor]]
 
 
 class Meta(Protocol):
@@ -64,56 +67,93 @@ class Sender:
         self._lent = NOTHING
 
     def push(
-        self, source: Source, engines: Replicas, version: int, versions: AdapterVersions | None
+        self,
+        source: Source,
+        engines: Replicas,
+        version: int,
+        versions: AdapterVersions | None,
+        *,
+        check: Callable[[], None],
+        committing: Callable[[], None],
     ) -> SyncReport:
-        """Send what the source yields, and commit it as this version."""
+        """Send what the source yields, and commit it as this version.
+
+        Trainer ranks take each of the three steps together: none reads its source if another can't, and no engine
+        commits unless all have read theirs to the end.
+
+        Args:
+            source: what travels.
+            engines: who gets it.
+            version: its number.
+            versions: those of the adapter, if it is one.
+            check: refuses the push; on every rank before anything else.
+            committing: told on every rank that the number is used from now on, whatever comes.
+        """
         began = time.perf_counter()
         totals = Totals(strategy_of(self._apply))
         engines.begin()
-        engines.catch_up()
         with stoppable(engines) as stop:
-            if self._apply is None:
-                stop.begin()  # merged weights are live as they come
-                engines.each(lambda session: session.start())
-            self._transfer(source, engines, version, totals, stop)
-            committing = time.perf_counter()
-            keep = versions.to_keep() if versions else set()
-            blocked = engines.commit(version, keep)
-            totals.apply += time.perf_counter() - committing
-            if versions:
-                versions.serve(version, keep)
-            else:
-                engines.take_on(version)
-            if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
+            with agreed_by_all_ranks():
+                check()
+                engines.catch_up()
+                lent, stream = self._read(source, engines, totals)
+                if self._apply is None:
+                    stop.begin()  # merged weights are live as they come
+                    engines.each(lambda session: session.start())
+            self._transfer(lent, stream, engines, version, totals, stop)
+            with agreed_by_all_ranks():
+                committing()
+                blocked = self._commit(engines, version, versions, totals)
         if self._leaves_weights and engines.generates_meanwhile:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
-    def _transfer(self, source: Source, engines: Replicas, version: int, totals: Totals, stop: Stop) -> None:
-        lent, stream = self._read(source, engines, totals)
+    def _transfer(
+        self, lent: Lent, stream: Stream, engines: Replicas, version: int, totals: Totals, stop: Stop
+    ) -> None:
         beside = self._apply is not None
         try:
-            first: list[Bucket] = [lent] if lent.items else []
-            for bucket in chain(first, buckets(stream, self._bucket_bytes)):
-                sending = time.perf_counter()
-                digest, applying = engines.send(bucket, version, beside=beside)
-                totals.add(bucket, digest, applying, time.perf_counter() - sending)
-            if self._leaves_weights:
-                engines.each(lambda session: session.wait_for_room())
-            if isinstance(self._apply, MergeInWorker):
-                stop.begin()  # factors were staged beside what is served until now
-            if not beside:
-                engines.each(lambda session: session.finish())
+            with agreed_by_all_ranks():
+                try:
+                    self._send(lent, stream, engines, version, totals)
+                    if self._leaves_weights:
+                        engines.each(lambda session: session.wait_for_room())
+                    if isinstance(self._apply, MergeInWorker):
+                        stop.begin()  # factors were staged beside what is served until now
+                    if not beside:
+                        engines.each(lambda session: session.finish())
+                except BaseException:
+                    for _ in stream:  # the other trainer ranks are in its collectives
+                        pass
+                    raise
         except BaseException as error:
             engines.abort(version, error, beside=beside)
-            for _ in stream:  # the other trainer ranks are in its collectives
-                pass
             raise
 
-    def _read(
-        self, source: Source, engines: Replicas, totals: Totals
-    ) -> tuple[Lent, Iterator[tuple[str, torch.Tensor]]]:
+    def _send(self, lent: Lent, stream: Stream, engines: Replicas, version: int, totals: Totals) -> None:
+        beside = self._apply is not None
+        first: list[Bucket] = [lent] if lent.items else []
+        for bucket in chain(first, buckets(stream, self._bucket_bytes)):
+            sending = time.perf_counter()
+            digest, applying = engines.send(bucket, version, beside=beside)
+            totals.add(bucket, digest, applying, time.perf_counter() - sending)
+
+    def _commit(
+        self, engines: Replicas, version: int, versions: AdapterVersions | None, totals: Totals
+    ) -> float:
+        began = time.perf_counter()
+        keep = versions.to_keep() if versions else set()
+        blocked = engines.commit(version, keep)
+        totals.apply += time.perf_counter() - began
+        if versions:
+            versions.serve(version, keep)
+        else:
+            engines.take_on(version)
+        if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
+        return blocked
+
+    def _read(self, source: Source, engines: Replicas, totals: Totals) -> tuple[Lent, Stream]:
         """What engines can read where it lies, and a stream of everything else."""
         began, lent, stream = time.perf_counter(), NOTHING, iter(source)
         if isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source)):
@@ -124,12 +164,19 @@ class Sender:
         totals.source += time.perf_counter() - began
         return lent, timed(stream, totals)
 
-    def accompany(self, source: Source, version: int) -> SyncReport:
+    def accompany(
+        self, source: Source, version: int, *, check: Callable[[], None], committing: Callable[[], None]
+    ) -> SyncReport:
         """A rank that does not push takes part in the source's collectives and drops what they yield."""
         began, totals = time.perf_counter(), Totals(strategy_of(self._apply))
-        check_scalings(self._scalings, scalings(source))
-        for _, tensor in timed(source, totals):
-            totals.count(tensor)
+        with agreed_by_all_ranks():
+            check()
+            check_scalings(self._scalings, scalings(source))
+        with agreed_by_all_ranks():
+            for _, tensor in timed(source, totals):
+                totals.count(tensor)
+        with agreed_by_all_ranks():
+            committing()
         return totals.report(version, 0, time.perf_counter() - began)
 
     def send_base(self, source: Source, engines: Replicas | None, version: int) -> None:
