@@ -74,7 +74,7 @@ def test_an_update_that_a_dead_trainer_left_open_is_ended():
     assert llm.updating
     session = greeted(llm, LOAD)
     session.start()
-    assert llm.calls[-5:] == ["start", "update", "finish", "status", "start"]
+    assert llm.calls[-5:] == ["start", "stage", "finish", "status", "start"]
     session.goodbye()
 
 

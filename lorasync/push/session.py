@@ -228,11 +228,8 @@ class EngineSession:
         self._sent = []
         call = self._next_call()
         update = _as_dict(Update(op="abort", session=self._token, version=version, call=call))
-        with contextlib.suppress(Exception):
-            if beside:
-                self.control("stage", bucket=update, call=call)
-            else:
-                self.target.update(update)
+        with contextlib.suppress(Exception):  # not by vLLM's update, which may have ended
+            self.control("stage", bucket=update, call=call)
         if not beside:  # the workers answer, they don't fail: vLLM's update is still open
             with contextlib.suppress(Exception):
                 self.target.finish()
