@@ -23,7 +23,8 @@ class SyncReport:
     """The outcome of one `send_weights`.
 
     Attributes:
-        version: the version that the engine serves now; the first push makes version 1.
+        version: the version that the engine serves now; the first push makes version 1, one that failed at the commit may
+            leave a number out.
         strategy: ``"merged"``, ``"adapter"`` or ``"factors"``.
         tensors: how many tensors travelled.
         bytes: their size, in bytes.
@@ -31,7 +32,7 @@ class SyncReport:
             ``apply`` (inside the slowest worker), ``total``.
         digest: xxh3-128 over what was sent, as each rank has found it in what it staged and in what it applied; empty
             where tensors were handed over inside one process.
-        ranks: how many workers confirmed; 0 where they can't answer (another host).
+        ranks: how many workers confirmed, of all engines; 0 on a trainer rank that does not push.
         delta_survival: how much of the update's norm is left after rounding to the served dtype, from 0 to 1;
             ``None`` where nothing is merged on this side.
         canary: how far the engine's answers lie from the trainer's after this push; ``None`` without a canary.
