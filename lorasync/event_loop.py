@@ -29,9 +29,14 @@ def run_on(
         instead: what to do on the loop's own thread, where waiting would stop the engine that is waited for.
 
     Raises:
-        SyncError: on that thread.
+        SyncError: on that thread, or if the loop does not run.
     """
     check_elsewhere(loop, instead=instead)
+    if not loop.is_running():
+        raise SyncError(
+            "The event loop that ran the engine has ended, expected one that runs: nobody would answer. Make the AsyncLLM, "
+            "connect and push while one loop runs."
+        )
     running = asyncio.run_coroutine_threadsafe(make(), loop)
     try:
         return wait(running.result)

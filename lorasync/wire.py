@@ -31,7 +31,7 @@ import torch
 from lorasync import errors
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
 
-PROTOCOL = 4
+PROTOCOL = 5
 INLINE_LIMIT = 4 << 20
 """Payloads up to this many bytes ride in the call itself; larger ones go through shared memory."""
 
@@ -87,7 +87,8 @@ class Control:
     """Rides `init_weight_transfer_engine`: the handshake, and the questions asked outside of an update.
 
     ``expected`` is the version that the trainer believes is served (a commit is a compare-and-swap), ``in_flight``
-    the versions that unfinished requests name, ``background`` lets the worker stage while the engine generates.
+    the versions that stay, as unfinished or later requests name them, ``background`` lets the worker stage while the
+    engine generates.
     ``digest`` is that of a commit: of all buckets of the version, in their order.
     """
 

@@ -171,6 +171,19 @@ def test_a_version_that_a_commit_has_brought_nobody_was_told_of(policy, llm, on_
         assert answered_by(llm, pushed(sync)) == 3  # a number is never used twice: caches are named by it
 
 
+def test_what_fails_between_the_last_bucket_and_the_commit_leaves_nothing_behind(policy):
+    pair = {"left": StubLLM(), "right": StubLLM()}
+    with connected(policy, pair) as sync:
+        kept = pushed(sync)
+        engines = sync._engines
+        engines.settle = raising(ConnectionError("gone"))
+        with pytest.raises(ConnectionError):
+            sync.send_weights()
+        del engines.settle
+        assert {answered_by(llm, kept) for llm in pair.values()} == {1}
+        assert {answered_by(llm, pushed(sync)) for llm in pair.values()} == {3, 4}
+
+
 def test_an_engine_that_is_left_out_keeps_what_its_requests_name(policy):
     left, right = StubLLM(), StubLLM()
     with connected(policy, {"left": left, "right": right}) as sync:
@@ -204,13 +217,11 @@ def test_a_request_that_comes_while_a_version_goes_is_in_flight_or_refused(polic
         first = pushed(sync)["lora_request"]
         pushed(sync)
         first.served_as = first.lora_name
-        settle = sync._engines.sessions[0].target.settle
 
         def arrives() -> None:
             llm.in_flight["late"] = first  # named and registered in one step of the loop, which was under way
-            settle()
 
-        sync._engines.sessions[0].target.settle = arrives
+        sync._engines.settle = arrives
         pushed(sync)
         assert 1 in llm.workers[0].held
         assert set(llm.workers[0].held) == {1, 2, 3}

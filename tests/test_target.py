@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasync.errors import EngineDeadError, EngineNotReadyError, SyncError, SyncTimeoutError
-from lorasync.event_loop import check_elsewhere
+from lorasync.event_loop import check_elsewhere, run_on
 from lorasync.push.calls_target import CallsTarget
 from lorasync.push.limit import Patience, call_with_limit, death_of
 from lorasync.push.llm_target import LLMTarget
@@ -178,6 +178,16 @@ def test_leftover_requests_are_named_the_first_of_many():
         SyncError, match=r"request-0, .*request-7 and 2 more.*llm_engine\.step\(\).*abort_request"
     ):
         target.pause()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_an_event_loop_that_has_ended_is_not_waited_for(closed):
+    loop = asyncio.new_event_loop()
+    if closed:
+        loop.close()
+    with pytest.raises(SyncError, match="has ended"):
+        run_on(loop, _later, lambda result: result(30), instead="this")
+    loop.close()
 
 
 def test_an_event_loop_s_own_thread_is_told_what_to_do_instead():

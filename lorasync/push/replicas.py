@@ -67,7 +67,13 @@ class Replicas:
 
     def catch_up(self) -> None:
         """Ask those that did not say what they serve."""
-        self.each(lambda session: session.catch_up())
+        if any(session.unheard for session in self.sessions):
+            self.each(lambda session: session.catch_up())
+
+    def settle(self) -> None:
+        """Requests that are on their way into an engine are among those in flight when this returns."""
+        if self.generates_meanwhile:
+            self.each(lambda session: session.target.settle())
 
     @property
     def ranks(self) -> int:

@@ -142,7 +142,11 @@ class Sender:
         self, engines: Replicas, version: int, versions: AdapterVersions | None, totals: Totals
     ) -> float:
         began = time.perf_counter()
-        keep = versions.to_keep() if versions else set()
+        try:
+            keep = versions.to_keep() if versions else set()
+        except BaseException as error:
+            engines.abort(version, error, beside=True)
+            raise
         blocked = engines.commit(version, keep)
         totals.apply += time.perf_counter() - began
         if versions:

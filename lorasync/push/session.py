@@ -55,6 +55,7 @@ class EngineSession:
         holds_adapter: whether requests can name an adapter of the version.
         dtypes: what its weights, and its LoRA slots, are in.
         notes: what its workers had to say in the handshake.
+        unheard: whether it did not say what it serves after a failure.
     """
 
     def __init__(self, target: Target, *, name: str) -> None:
@@ -62,7 +63,7 @@ class EngineSession:
         self.target = target
         self.ranks = self.version = self.capacity = self.others = 0
         self.gpu = self._torn = self._shut = ""
-        self.holds_adapter = self._unheard = False
+        self.holds_adapter = self.unheard = False
         self.dtypes: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         self._token = secrets.token_hex(8)
@@ -245,7 +246,7 @@ class EngineSession:
         try:
             self._learn(self.control("status"))
         except Exception:
-            self._unheard = True
+            self.unheard = True
             self._torn = (
                 f"The push of version {version} failed ({type(error).__name__}) and the engine does not say what it "
                 "serves. Call send_weights() again; if that fails too, restart the engine and connect() again."
@@ -253,11 +254,11 @@ class EngineSession:
 
     def catch_up(self) -> None:
         """What an engine was told that did not answer in time, it may have done since."""
-        if not self._unheard:
+        if not self.unheard:
             return
         believed = self.version
         self._learn(self.control("status"))
-        self._unheard = False
+        self.unheard = False
         if self.version != believed:
             self.shut(
                 f"The engine has taken version {self.version} after it had been waited for. Call send_weights() again; a "

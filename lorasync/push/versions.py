@@ -89,7 +89,7 @@ class AdapterVersions:
             return set()
         beside = {self._served} if self._served and self._is_room_for(self._served) else set()
         self._issued.retire(self._engines.in_flight() | beside)
-        self._engines.each(lambda session: session.target.settle())
+        self._engines.settle()
         keep = self._engines.in_flight() | beside
         self._issued.retain(keep)
         return keep
