@@ -25,6 +25,7 @@ import lorasync as ls
 from lorasync import fingerprint, wire
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
+from lorasync.push.answers import raise_failed
 from lorasync.push.apply import apply_message
 from lorasync.receive.staging import parsed
 from lorasync.source import FactorSpec
@@ -98,11 +99,19 @@ class Receiver:
 
     def update_message(self, message: Any) -> None:
         self.engine.receive_weights(self.engine.parse_update_info(message))
+        self._raise_refused()
+
+    def _raise_refused(self) -> None:
+        """A refusal is an answer in the trainer's folder, under the number of the call."""
+        box = self.sync._engines.sessions[0]._mailbox
+        for call in list(box._replies):
+            raise_failed(box.collect(call))
 
     def control_message(self, message: Any) -> None:
         control = self.engine.parse_init_info(message)
         if control.op not in ("hello", "commit", "rollback", "goodbye"):
             self.engine.init_transfer_engine(control)
+            self._raise_refused()
 
     def hello(self, chance: random.Random) -> None:
         """A handshake that says something else; one that is taken is followed by the good one."""
@@ -110,6 +119,7 @@ class Receiver:
         good = str(self.handshake[part])
         bad = _changed_inside(good, chance) if part == "apply" else fuzz.changed_text(good, chance)
         self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake | {part: bad}))
+        self._raise_refused()
         self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake))
 
     def one(self, seed: int) -> None:
