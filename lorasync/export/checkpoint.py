@@ -178,8 +178,9 @@ class CheckpointSource:
 
     def _added(self) -> list[str]:
         """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
-        names = dict.fromkeys([*self._saved, *self._ties.apart])
-        return [name for name in names if name not in self.base and name not in self._ties.by]
+        ties = self._ties
+        told = {*ties.by, *(kept for name, kept in ties.by.items() if name in self.base)}
+        return [n for n in dict.fromkeys([*self._saved, *ties.apart]) if n not in self.base and n not in told]
 
     def _check_adapter(self) -> None:
         if self.spec.base_changed_by is not None:
