@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from lorasync.cli_console import run, say, show, waiting
+from lorasync.cli_console import interruptible, run, say, waiting
 from lorasync.cli_options import check_plot, dtype_of, lora_of, preset_of
 
 if TYPE_CHECKING:
@@ -31,10 +29,10 @@ _ADAPTER = "The adapter: a folder with adapter_config.json, or with one adapter 
 @app.command()
 def doctor() -> None:
     """Say which of the libraries that lorasync works with are installed here, and what each is for."""
-    table = Table("library", "version", "for")
+    found = {name: _version(name) for name in _LIBRARIES}
+    wide = max(map(len, found.values()))
     for name, purpose in _LIBRARIES.items():
-        table.add_row(Text(name), Text(_version(name)), Text(purpose))
-    show(table)
+        say((f"{name:14}", "bold"), f"{found[name]:{wide}}  {purpose}")
     say(f"vLLM plugin: {_plugin()}")
 
 
@@ -53,7 +51,8 @@ def check_zero(
     """Say whether a model and a DeepSpeed config work together: exit code 0 yes, 3 with warnings, 1 no."""
     from lorasync.zero import inspect_path
 
-    quantization, lora = preset_of(preset), lora_of(adapter)
+    quantization, lora = preset_of("--preset", preset), lora_of(adapter)
+    _lora_judged(model, lora)  # reads what else would fail in the guard
     with waiting("Reading the model's config"):
         report = inspect_path(model, str(ds_config), preset=quantization, lora=lora)
     say(f"Judged: {model} with {ds_config}; {_base_judged(model, preset)}; {_lora_judged(model, lora)}.")
@@ -81,10 +80,11 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base and write a checkpoint, one tensor in memory at a time."""
-    wanted = dtype_of(dtype)
+    wanted = dtype_of("--dtype", dtype)
     from lorasync.export import merge_to_disk
 
-    merge_to_disk(base, out, adapter=adapter, dtype=wanted, untie=untie, overwrite=overwrite)
+    with interruptible():
+        merge_to_disk(base, out, adapter=adapter, dtype=wanted, untie=untie, overwrite=overwrite)
     say(f"merged into {out}")
 
 
@@ -96,8 +96,8 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Draw how much of each update survives rounding.")] = None,
 ) -> None:
     """Say how an adapter can reach an engine, what travels, and how much of it survives rounding."""
-    served = dtype_of(dtype)
-    check_plot(plot)
+    served = dtype_of("--dtype", dtype)
+    check_plot("--plot", plot)
     with waiting("Loading the model"):
         model = _policy(base, adapter, served)
     from lorasync.push.plan import plan as plan_of
@@ -118,11 +118,10 @@ def plan(
 
 def _policy(base: str, adapter: str, dtype: Any) -> PeftModel:
     from lorasync.export.disk import loaded
-    from lorasync.export.folders import adapter_folder, model_folder, weight_files
+    from lorasync.export.folders import adapter_folder, model_folder
 
-    model, trained = model_folder(base), adapter_folder(adapter)
-    weight_files(model, "model")
-    return loaded(model, trained, dtype=dtype)
+    model: PeftModel = loaded(model_folder(base), adapter_folder(adapter), dtype=dtype)
+    return model
 
 
 def _base_judged(model: str, preset: str | None) -> str:

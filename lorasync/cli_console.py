@@ -25,11 +25,6 @@ def say(*parts: str | tuple[str, str]) -> None:
     _out.print(Text.assemble(*parts), soft_wrap=True)
 
 
-def show(thing: object) -> None:
-    """Print one of rich's own things, such as a table."""
-    _out.print(thing)
-
-
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on a terminal that something takes its time."""
@@ -37,7 +32,16 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-def run(app: Callable[[], object]) -> None:
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Say what becomes of the work when Ctrl-C or a SIGTERM ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _refuse("Interrupted", "what was begun is removed.", INTERRUPTED)
+
+
+def run(app: Callable[..., object]) -> None:
     """Run a command line app.
 
     Exit codes are the app's own, 2 for anything that is refused or fails, 130 for Ctrl-C. With ``LORASYNC_DEBUG=1`` in
@@ -49,14 +53,12 @@ def run(app: Callable[[], object]) -> None:
     # What is begun is cleaned up behind an exception, and a plain SIGTERM raises none.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        app(prog_name="lorasync")
     except LorasyncError as error:
         _refuse(type(error).__name__, str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(REFUSED) from None
-    except KeyboardInterrupt:
-        _refuse("Interrupted", "what was begun is removed.", INTERRUPTED)
     except Exception as error:
         if os.environ.get("LORASYNC_DEBUG"):
             raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -22,7 +22,7 @@ _PLOTS = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 T = TypeVar("T")
 
 
-def dtype_of(text: str | None) -> torch.dtype | None:
+def dtype_of(option: str, text: str | None) -> torch.dtype | None:
     """Read a dtype to serve or write in: torch's name, or the common short one.
 
     Raises:
@@ -33,11 +33,11 @@ def dtype_of(text: str | None) -> torch.dtype | None:
     if text is None:
         return None
     lower = text.lower().removeprefix("torch.")
-    found: torch.dtype = getattr(torch, _one_of(_SHORT.get(lower, lower), {n: n for n in _DTYPES}, _SHORT))
-    return found
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPES}
+    return _one_of(option, _SHORT.get(lower, lower), known)
 
 
-def preset_of(text: str | None) -> QuantPreset | None:
+def preset_of(option: str, text: str | None) -> QuantPreset | None:
     """Read the name of a quantization preset; ``none`` and nothing mean no quantization.
 
     Raises:
@@ -48,7 +48,7 @@ def preset_of(text: str | None) -> QuantPreset | None:
     if text is None:
         return None
     known: dict[str, QuantPreset | None] = {"nf4": NF4, "fp4": FP4, "int8": INT8, "none": None}
-    return _one_of(text.lower(), known)
+    return _one_of(option, text.lower(), known)
 
 
 def lora_of(folder: str | None) -> PeftConfig | None:
@@ -65,7 +65,7 @@ def lora_of(folder: str | None) -> PeftConfig | None:
     return adapter_config(adapter_folder(folder))
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(option: str, path: Path | None) -> None:
     """Refuse a picture that could not be drawn, before the work that it shows.
 
     Raises:
@@ -80,14 +80,15 @@ def check_plot(path: Path | None) -> None:
             f"--plot: got {path.name}, expected a name that ends in {', '.join(_PLOTS)}."
         )
     if not path.parent.is_dir():
-        raise typer.BadParameter(f"--plot: got no folder {path.parent}, expected one that is there.")
+        raise typer.BadParameter(f"{option}: got no folder {path.parent}, expected one that is there.")
     if find_spec("matplotlib") is None:
-        raise typer.BadParameter("--plot: got no matplotlib. pip install 'lorasync[plot]'.")
+        raise typer.BadParameter(f"{option}: got no matplotlib. pip install 'lorasync[plot]'.")
 
 
-def _one_of(given: str, known: Mapping[str, T], also: Iterable[str] = ()) -> T:
+def _one_of(option: str, given: str, known: Mapping[str, T]) -> T:
     if given in known:
         return known[given]
-    near = difflib.get_close_matches(given, [*known, *also], n=1, cutoff=0.5)
+    near = [name for name in known if given and name.startswith(given)]
+    near = near or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise typer.BadParameter(f"got {given!r}, expected one of {', '.join(known)}.{hint}")
+    raise typer.BadParameter(f"{option}: got {given!r}, expected one of {', '.join(known)}.{hint}")

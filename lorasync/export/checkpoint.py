@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
-from lorasync.export.config import merged_config, read_json, say_tied
+from lorasync.export.config import adapter_config, merged_config, read_json, say_tied
 from lorasync.export.packed import BaseWeights
 from lorasync.export.skeleton import extended, misplaced, skeleton
 from lorasync.export.tensors import Tensors
@@ -65,6 +65,7 @@ class CheckpointSource:
         untie: bool = False,
     ) -> None:
         self._config = read_json(base / "config.json")
+        adapter_config(adapter)
         self.base = BaseWeights(Tensors(base, "model"), self._config)
         self.factors = Tensors(adapter, "adapter_model")
         self.dtype, self.rounding = dtype, rounding

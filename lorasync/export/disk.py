@@ -20,8 +20,8 @@ from lorasync.export.beside import (
     write_config,
 )
 from lorasync.export.checkpoint import CheckpointSource
-from lorasync.export.config import merged_config, read_json
-from lorasync.export.folders import adapter_folder, model_folder
+from lorasync.export.config import adapter_config, merged_config, read_json
+from lorasync.export.folders import adapter_folder, model_folder, weight_files
 from lorasync.export.loads import check_loads
 from lorasync.export.skeleton import misplaced, model_class
 from lorasync.export.tensors import Tensors
@@ -155,8 +155,10 @@ def loaded(base: Path, adapter: Path, *, dtype: Any = "auto") -> Any:
     """
     from peft import PeftModel
 
-    written = read_json(base / "config.json")
-    kind, _ = model_class(merged_config(written))
+    kind, _ = model_class(merged_config(read_json(base / "config.json")))
+    adapter_config(adapter)
+    weight_files(base, "model")
+    factors = Tensors(adapter, "adapter_model")
     config = kind.config_class.from_pretrained(base)
     packing = getattr(config, "quantization_config", None)
     if isinstance(packing, dict) and packing.get("quant_method") in ("fp8", "mxfp4"):
@@ -168,7 +170,7 @@ def loaded(base: Path, adapter: Path, *, dtype: Any = "auto") -> Any:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
         raise LoadError(f"{base}, {adapter}: got {text}, expected a model and an adapter for it.") from error
-    wrong = list(misplaced(model, Tensors(adapter, "adapter_model")))
+    wrong = list(misplaced(model, factors))
     if wrong:
         raise MismatchError("The adapter doesn't fit this base.", wrong)
     return model

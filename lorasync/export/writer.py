@@ -46,7 +46,8 @@ def complete_or_nothing(out: Path, needed: int, *, overwrite: bool) -> Iterator[
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ExportError(
-            f"{out}: got something there already, expected an empty place. Pass overwrite=True or move it."
+            f"{out}: got something there already, expected an empty place. "
+            "Pass overwrite=True (--overwrite on the command line) or move it."
         )
     parent = out.absolute().parent
     try:
@@ -86,13 +87,21 @@ def _explained(error: OSError, out: Path, needed: int) -> OSError:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    if out.exists():
-        old = out.absolute().parent / f".{out.name}.old-{os.getpid()}"
-        out.rename(old)
+    """Put the complete folder where ``out`` is; what was there is back if that fails half-way."""
+    if not out.exists():
         partial.rename(out)
+        return
+    old = out.absolute().parent / f".{out.name}.old-{os.getpid()}"
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:
-        partial.rename(out)
+        old.unlink()
 
 
 def write_shards(
