@@ -47,6 +47,15 @@ def rewrite(folder: Path, change: Any, **config: Any) -> Path:
     return folder
 
 
+def mxfp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in float8, and exponents of its rows' blocks."""
+    rows, columns = weight.shape
+    tiles = weight.float().view(rows, columns // BLOCK, BLOCK)
+    exponents = (tiles.abs().amax(2) / 448).log2().ceil()
+    packed = (tiles / exponents.exp2()[..., None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return packed, (exponents + 127).to(torch.uint8)
+
+
 def fp8(weight: torch.Tensor, block: int | None = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight in float8, and the scales of its blocks (None: one scale)."""
     rows, columns = weight.shape
@@ -66,12 +75,16 @@ def fp8_folder(folder: Path, architecture: str, *, skip: tuple[str, ...] = ("lm_
         for name in [
             n for n in tensors if "proj" in n and n.endswith("weight") and not any(s in n for s in skip)
         ]:
-            tensors[name], tensors[name + suffix] = fp8(tensors[name], block)
+            weight = tensors[name]
+            tensors[name], scale = mxfp8(weight) if how.get("method") == "mxfp8" else fp8(weight, block)
+            tensors[name.removesuffix(how.get("instead", "")) + suffix] = scale.to(
+                how.get("scale_dtype", scale.dtype)
+            )
             if block is None:
                 tensors[name.removesuffix("weight") + "input_scale"] = torch.tensor(0.5)
 
     said = {
-        "quant_method": "fp8",
+        "quant_method": how.get("method", "fp8"),
         "activation_scheme": "dynamic" if block else "static",
         "weight_block_size": [block, block] if block else None,
         "modules_to_not_convert": list(skip),

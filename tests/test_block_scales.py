@@ -1,4 +1,4 @@
-"""MXFP4 and FP8 with block scales, against the code of transformers and vLLM."""
+"""MXFP4 and FP8 with block scales, against the code of transformers and of DeepSeek."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorasync.quantization.block_scales import dequantize_fp8, dequantize_mxfp4, fp8_shape, mxfp4_shape
+from tests.test_source_memory import Allocations
 from tests.tiny import same_bits
 
 
@@ -91,7 +92,7 @@ def test_two_codes_a_byte(strips):
 
 @pytest.mark.parametrize("shape", [(9, 12), (8, 10), (5, 3), (192, 128)], ids=str)
 def test_blocks_that_stick_out_are_read_by_their_size(shape, strips):
-    """As in vLLM: transformers refuses them, or spreads the scales evenly where their number happens to divide."""
+    """As DeepSeek does. Transformers refuses them, or spreads the scales where their number happens to divide."""
     size = 128 if shape[0] > 100 else 4
     weight, (rows, columns) = some_fp8(*shape), shape
     scale = torch.rand(-(-rows // size), -(-columns // size))
@@ -106,3 +107,17 @@ def test_shapes_that_do_not_belong_together():
         dequantize_fp8(some_fp8(2, 8, 12), torch.rand(3, 2, 3), (4, 4))
     with pytest.raises(ValueError, match="blocks"):
         dequantize_mxfp4(some_bytes(1, 4, 2, 16), some_bytes(1, 4, 3))
+
+
+def test_little_is_held_beside_the_result(monkeypatch):
+    strip = 1 << 12
+    monkeypatch.setattr("lorasync.quantization.block_scales._STRIP", strip)
+    weight, scale = some_fp8(512, 256), torch.rand(32, 16)
+    blocks, scales = some_bytes(4, 128, 4, 16), some_bytes(4, 128, 4)
+    for work, result in (
+        (lambda: dequantize_fp8(weight, scale, (16, 16)), 2 * weight.numel()),
+        (lambda: dequantize_mxfp4(blocks, scales), 4 * blocks.numel()),
+    ):
+        with Allocations() as allocations:
+            work()
+        assert result <= allocations.peak < result + 24 * strip

@@ -36,6 +36,12 @@ def bases() -> dict[str, tuple[Any, dict[str, Any]]]:
             lambda p: fp8_folder(p, "qwen3-moe"),
             {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
         ),
+        "fp8, named as DeepSeek V4": (
+            lambda p: fp8_folder(p, "qwen3", suffix="scale", instead="weight"),
+            ATTENTION,
+        ),
+        "fp8, scales in bf16": (lambda p: fp8_folder(p, "qwen3", scale_dtype=torch.bfloat16), ATTENTION),
+        "mxfp8": (lambda p: fp8_folder(p, "qwen3", method="mxfp8"), ATTENTION),
         "mxfp4": (mxfp4_folder, ATTENTION),
         "mxfp4 trained experts": (
             mxfp4_folder,
@@ -170,3 +176,14 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _tensors_of(architecture: str, path: Path) -> dict[str, torch.Tensor]:
     packed_bases.build(architecture).save_pretrained(path / "plain")
     return _tensors(path / "plain")
+
+
+def test_a_tokenizer_with_tokens_that_the_base_has_no_rows_for(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    packed_bases.build("llama").save_pretrained(base)
+    adapt(packed_bases.build("llama"), **ATTENTION).save_pretrained(adapter)
+    (adapter / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 66}]}))
+    with pytest.raises(MismatchError, match=r"resize_token_embeddings\(67\)"):
+        merge_to_disk(base, tmp_path / "out", adapter=adapter, progress=False)
+    (base / "added_tokens.json").write_text(json.dumps({"<pad>": 64}))  # the base itself was published so
+    merge_to_disk(base, tmp_path / "out", adapter=adapter, progress=False)

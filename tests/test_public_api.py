@@ -182,8 +182,8 @@ def _example(**changes: Any) -> type:
 
 CHANGES = [
     "other default", "other argument", "no method", "a method that is a coroutine", "no property",
-    "a property of another type", "a property that can be set", "a field's default", "a field's type", "a new field", "another factory",
-    "a class method that is a method", "a constant", "a call",
+    "a property of another type", "a property that can be set", "a field's default", "a field's type",
+    "a new field", "another factory", "a class method that is a method", "a constant", "a call",
 ]  # fmt: skip
 
 

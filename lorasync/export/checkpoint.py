@@ -12,9 +12,10 @@ import torch
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
 from lorasync.export.config import adapter_config, merged_config, read_json, say_tied
 from lorasync.export.packed import BaseWeights
-from lorasync.export.skeleton import extended, misplaced, skeleton
+from lorasync.export.skeleton import misplaced, skeleton
 from lorasync.export.tensors import Tensors
 from lorasync.export.ties import declared, settle, severed
+from lorasync.export.vocabulary import check_tokenizer, other_vocabulary
 from lorasync.merge import (
     NEAREST,
     Nearest,
@@ -77,6 +78,7 @@ class CheckpointSource:
         self._modules = _by_weight(self.spec.modules)
         self._saved = {entry.weight: entry.tensor for entry in self.spec.saved}
         self._check_adapter()
+        check_tokenizer(self._model, base, adapter)
         groups = declared(self._model)
         self._ties = settle(groups, self.spec, self.factors, untie=untie)
         self._stand_ins = _stand_ins(groups, self.base)
@@ -191,7 +193,7 @@ class CheckpointSource:
             )
         wrong = [*misplaced(self._model, self.factors), *self._unused()]
         if wrong:
-            hint = extended(self._model, self.factors)
+            hint = other_vocabulary(self._model, self.factors)
             raise MismatchError(hint or "The adapter doesn't fit this base.", wrong)
 
     def _unused(self) -> Iterator[Mismatch]:

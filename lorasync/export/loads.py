@@ -38,11 +38,6 @@ def check_loads(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> None:
 def unloadable(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> Iterator[Mismatch]:
     """List what would be missing, misshapen or still packed in the loaded model; as `check_loads`."""
     model, found = _load(kind, config, metadata)
-    for name in sorted(found["missing_keys"]):
-        fix = "Is the base complete, and is its config (tie_word_embeddings, architectures) true of it?"
-        yield Mismatch(name, "nothing", "a weight: the model would draw it at random", fix)
-    for name, shape, expected in sorted(found["mismatched_keys"], key=str):
-        yield Mismatch(name, str(tuple(shape)), str(tuple(expected)), "Is config.json the base's own?")
     state = model.state_dict()
     for meta in metadata:
         if _still_packed(meta, state.get(meta.name)):
@@ -51,6 +46,11 @@ def unloadable(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> Iterato
                 "The base is quantized in a way that lorasync doesn't read. Merge into the model in 16 bits."
             )
             yield Mismatch(meta.name, f"{got}, which nothing unpacks", "a plain weight", fix)
+    for name in sorted(found["missing_keys"]):
+        fix = "Is the base complete, and is its config (tie_word_embeddings, architectures) true of it?"
+        yield Mismatch(name, "nothing", "a weight: the model would draw it at random", fix)
+    for name, shape, expected in sorted(found["mismatched_keys"], key=str):
+        yield Mismatch(name, str(tuple(shape)), str(tuple(expected)), "Is config.json the base's own?")
 
 
 def _still_packed(meta: ParamMeta, held: torch.Tensor | None) -> bool:

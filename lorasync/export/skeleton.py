@@ -111,34 +111,5 @@ def misplaced(model: Any, factors: Tensors) -> Iterator[Mismatch]:
             yield Mismatch(name, str(shape), str(expected), _FIX)
 
 
-def extended(model: Any, factors: Tensors) -> str | None:
-    """Say so if the adapter was trained on a larger or smaller vocabulary than the base has.
-
-    PEFT then saves whole embeddings beside the adapter.
-    """
-    for which in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model.base_model.model, which)()
-        held = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        path = next((name for name, module in model.named_modules() if module is layer), None)
-        if held is None or path is None:
-            continue
-        ways = [name for name in factors.names if name.startswith(f"{path}.") and name.endswith("weight")]
-        rows = {
-            factors.describe(n)[1][0] for n in ways if factors.describe(n)[1][1:] == tuple(held.shape)[1:]
-        }
-        other = rows - {held.shape[0]}
-        if other and not any(".lora_" in n for n in ways if factors.describe(n)[1][0] in other):
-            return _resized(held.shape[0], other.pop())
-    return None
-
-
-def _resized(rows: int, trained: int) -> str:
-    return (
-        f"The adapter was trained on a vocabulary of {trained} rows, and this base has {rows}. Load the base, call "
-        f"model.resize_token_embeddings({trained}), load the adapter with PeftModel.from_pretrained(model, adapter), which "
-        "fills the new rows, and pass that model to merge_to_disk."
-    )
-
-
 def _line(error: BaseException) -> str:
     return json.dumps(f"{type(error).__name__}: {error}"[:300])[1:-1]

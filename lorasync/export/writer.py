@@ -28,6 +28,8 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    _DTYPES[torch.float8_e8m0fnu] = "F8_E8M0"
 DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _ALIGN = 8
 

@@ -92,8 +92,8 @@ def dequantize_fp8(
     Raises:
         ValueError: The grid fits neither the block nor the weight.
 
-    As ``transformers.integrations.finegrained_fp8.Fp8Dequantize``, wherever that divides evenly; the last blocks of other
-    shapes as vLLM and DeepSeek's ``weight_dequant`` read them.
+    As ``transformers.integrations.finegrained_fp8.Fp8Dequantize`` where blocks divide the weight evenly. It refuses other
+    shapes, or spreads the scales; here an element's scale is found by the block's size, as in DeepSeek's ``weight_dequant``.
 
     Example:
         >>> dequantize_fp8(torch.ones(2, 4).to(torch.float8_e4m3fn), torch.tensor([[2.0, 3.0]]), (2, 2))[0]
