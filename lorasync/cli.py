@@ -98,8 +98,7 @@ def plan(
     """Say how an adapter can reach an engine, what travels, and how much of it survives rounding."""
     served = dtype_of("--dtype", dtype)
     check_plot("--plot", plot)
-    with waiting("Loading the model"):
-        model = _policy(base, adapter, served)
+    model = _policy(base, adapter, served)
     from lorasync.push.plan import plan as plan_of
     from lorasync.source import MergedSource
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lorasync.errors import LorasyncError, MismatchError
 from lorasync.export import merge_to_disk
 from lorasync.merge import Stochastic
-from lorasync.source import MergedSource
+from lorasync.source import FactorSource, MergedSource
 from tests.packed_bases import rewrite
 from tests.test_export import stored
 from tests.tiny import adapt, build, same_bits
@@ -175,3 +175,12 @@ def test_a_model_in_memory_whose_config_denies_its_tie(tmp_path: Path) -> None:
     policy = adapt(model, **VALUES)
     out = merge_to_disk(policy, tmp_path / "out", progress=False)
     assert torch.allclose(logits(load(out)), logits(policy), atol=0.05)
+
+
+def test_other_tokens_on_the_two_sides_are_a_conflict_for_every_receiver() -> None:
+    """Not only on the way to disk: a worker that merges would give both sides the embedding's."""
+    spec = FactorSource(adapt(build("llama-tied"), **TRAINED["other tokens"][0])).spec()
+    assert [rows.weight for rows in spec.rows] == [EMBED, HEAD]
+    assert spec.conflicts
+    shared = FactorSource(adapt(build("llama-tied"), **TRAINED["tokens"][0])).spec()
+    assert ([rows.weight for rows in shared.rows], shared.conflicts) == ([EMBED], ())

@@ -25,7 +25,10 @@ _TOKENIZER = (
     "added_tokens.json",
     "vocab*",
     "merges.txt",
-    "chat_template*",
+    "*.jinja",
+    "spiece.model",
+    "sentencepiece*",
+    "*.tiktoken",
 )
 _BESIDE = (*_TOKENIZER, "generation_config.json", "*processor_config.json", "*.py")
 
