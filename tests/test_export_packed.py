@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoHaConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lorasync.errors import LoadError, MismatchError
 from lorasync.export import merge_to_disk
 from tests import packed_bases
 from tests.packed_bases import foreign_folder, fp8_folder, mxfp4_folder, rewrite
-from tests.tiny import adapt, same_bits
+from tests.tiny import adapt, fill, same_bits
 
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
 
@@ -167,6 +168,11 @@ def test_an_incomplete_base_is_refused_by_the_names(
     assert not (tmp_path / "out").exists()
 
 
+def _saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     from tests.test_export import stored
 
@@ -187,3 +193,28 @@ def test_a_tokenizer_with_tokens_that_the_base_has_no_rows_for(tmp_path: Path) -
         merge_to_disk(base, tmp_path / "out", adapter=adapter, progress=False)
     (base / "added_tokens.json").write_text(json.dumps({"<pad>": 64}))  # the base itself was published so
     merge_to_disk(base, tmp_path / "out", adapter=adapter, progress=False)
+
+
+@pytest.mark.parametrize("kind", list(bases()))
+def test_a_model_in_memory_that_was_dequantized_as_it_was_loaded(kind: str, tmp_path: Path) -> None:
+    make, config = bases()[kind]
+    model = adapt(load(make(tmp_path / "base")), **config)
+    out = merge_to_disk(model, tmp_path / "out", progress=False)
+    assert "quantization_config" not in (out / "config.json").read_text()
+    from_folders = merge_to_disk(
+        tmp_path / "base", tmp_path / "other", adapter=_saved(model, tmp_path / "adapter"), progress=False
+    )
+    assert _tensors(out).keys() == _tensors(from_folders).keys()
+    merged, expected = load(out).state_dict(), model.merge_and_unload().state_dict()
+    assert [n for n, t in expected.items() if not same_bits(t, merged[n])] == []
+
+
+@pytest.mark.parametrize("make", [lambda p: fp8_folder(p, "qwen3-moe"), mxfp4_folder], ids=["fp8", "mxfp4"])
+def test_another_method_than_lora_over_a_packed_base(make: Any, tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    model = fill(get_peft_model(load(base), LoHaConfig(target_modules=["q_proj"], r=4)))
+    model.save_pretrained(tmp_path / "adapter")
+    out = merge_to_disk(base, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    again = PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = load(out).state_dict()
+    assert [n for n, t in again.items() if not same_bits(t, merged[n])] == []
