@@ -52,6 +52,7 @@ def check_zero(
     from lorasync.zero import inspect_path
 
     quantization, lora = preset_of("--preset", preset), lora_of(adapter)
+    model = _place(model)
     _lora_judged(model, lora)  # reads what else would fail in the guard
     with waiting("Reading the model's config"):
         report = inspect_path(model, str(ds_config), preset=quantization, lora=lora)
@@ -121,6 +122,16 @@ def _policy(base: str, adapter: str, dtype: Any) -> PeftModel:
 
     model: PeftModel = loaded(model_folder(base), adapter_folder(adapter), dtype=dtype)
     return model
+
+
+def _place(model: str) -> str:
+    """The folder of a model or an adapter, also one in a subfolder of its name; a hub id stays one."""
+    from lorasync.export.folders import adapter_folder
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return str(folder) if folder.is_dir() else model
+    return str(adapter_folder(folder)) if any(folder.glob("**/adapter_config.json")) else str(folder)
 
 
 def _base_judged(model: str, preset: str | None) -> str:

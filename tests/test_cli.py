@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,9 @@ def test_check_zero_judges_the_adapter_that_is_named(lorasync, base, adapter, ds
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "adapter_config.json").write_text(json.dumps({**own, "base_model_name_or_path": base, "r": 16}))
-    assert "the adapter's LORA, r=16" in lorasync("check-zero", mine, ds_config).stdout
+    shutil.copytree(mine, tmp_path / "above" / "policy")
+    for place in (mine, mine.parent / "above"):
+        assert "the adapter's LORA, r=16" in lorasync("check-zero", place, ds_config).stdout
 
 
 def test_check_zero_says_what_the_config_says_of_a_packed_base(lorasync, ds_config, tmp_path):
@@ -262,13 +265,24 @@ def places(base, adapter, ds_config, tmp_path) -> dict[str, str]:
     (tmp_path / "bad-adapter" / "adapter_config.json").write_text("[]")
     (tmp_path / "wrong-method" / "adapter_config.json").write_text('{"peft_type": "LOAR"}')
     (tmp_path / "bad.json").write_text("{not json")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "unknown").mkdir()
+    novel = {**json.loads(config), "model_type": "novel", "architectures": ["NovelForCausalLM"]}
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(novel))
+    shutil.copy(Path(base) / "model.safetensors", tmp_path / "unknown")
+    shutil.copytree(adapter, tmp_path / "torn-adapter")
+    (tmp_path / "torn-adapter" / "adapter_model.safetensors").write_text("version https://git-lfs")
+    models.with_adapter(models.tiny_llama(num_hidden_layers=3)).save_pretrained(tmp_path / "deeper")
     other = models.with_adapter(models.tiny_llama(intermediate_size=64))
     other.save_pretrained(tmp_path / "other")
     several = tmp_path / "several"
     for name in ("one", "two"):
         models.with_adapter(models.tiny_llama(), adapter_name=name).save_pretrained(several)
     (tmp_path / "file").write_text("x")
+    found |= {name: str(tmp_path / name) for name in ("binary", "unknown", "torn-adapter", "deeper")}
     rest = {
+        "list-ds": "list.json",
         "bad-ds": "bad.json",
         "other": "other",
         "several": "several",
@@ -333,6 +347,19 @@ WRONG = [
     ("check-zero {bad-json} {ds}", r"config\.json"),
     ("check-zero {bad-adapter} {ds}", r"adapter_config\.json"),
     ("check-zero {wrong-method} {ds}", "LOAR"),
+    ("check-zero {several} {ds}", "one, two"),
+    ("check-zero {base} {list-ds}", r"list\.json"),
+    ("check-zero {base} {binary}", "binary"),
+    ("check-zero {unknown} {ds}", "unknown"),
+    ("check-zero {file} {ds}", "file"),
+    ("plan {unknown} {adapter}", "novel"),
+    ("merge {unknown} {adapter} {out}", "novel"),
+    ("plan {base} {deeper}", r"layers\.2"),
+    ("merge {base} {deeper} {out}", r"layers\.2"),
+    ("plan {base} {torn-adapter}", "Git LFS"),
+    ("merge {base} {torn-adapter} {out}", "Git LFS"),
+    ("plan {torn} {adapter}", "torn"),
+    ("merge {base} {adapter} {adapter}/.. --overwrite", "expected another place"),
     ("chek-zero {base} {ds}", "chek-zero"),
 ]
 

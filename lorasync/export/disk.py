@@ -21,7 +21,7 @@ from lorasync.export.beside import (
 )
 from lorasync.export.checkpoint import CheckpointSource
 from lorasync.export.config import adapter_config, merged_config, read_json
-from lorasync.export.folders import adapter_folder, model_folder, weight_files
+from lorasync.export.folders import adapter_folder, model_folder
 from lorasync.export.loads import check_loads
 from lorasync.export.skeleton import misplaced, model_class
 from lorasync.export.tensors import Tensors
@@ -157,7 +157,7 @@ def loaded(base: Path, adapter: Path, *, dtype: Any = "auto") -> Any:
 
     kind, _ = model_class(merged_config(read_json(base / "config.json")))
     adapter_config(adapter)
-    weight_files(base, "model")
+    Tensors(base, "model")  # opens every file
     factors = Tensors(adapter, "adapter_model")
     config = kind.config_class.from_pretrained(base)
     packing = getattr(config, "quantization_config", None)
