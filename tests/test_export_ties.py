@@ -184,3 +184,18 @@ def test_other_tokens_on_the_two_sides_are_a_conflict_for_every_receiver() -> No
     assert spec.conflicts
     shared = FactorSource(adapt(build("llama-tied"), **TRAINED["tokens"][0])).spec()
     assert ([rows.weight for rows in shared.rows], shared.conflicts) == ([EMBED], ())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "q_proj"]], ids=["beside", "targeted"])
+def test_embeddings_that_peft_saved_along_must_be_the_bases(targets: list[str], tmp_path: Path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = adapt(base, target_modules=targets)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge_to_disk(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    with torch.no_grad():
+        layer = base.get_input_embeddings()
+        getattr(layer, "base_layer", layer).weight[3] += 1
+    model.save_pretrained(tmp_path / "changed", save_embedding_layers=True)
+    with pytest.raises(MismatchError, match=r"embed_tokens.*not the base's"):
+        merge_to_disk(tmp_path / "base", tmp_path / "no", adapter=tmp_path / "changed", progress=False)

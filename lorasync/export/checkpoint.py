@@ -12,7 +12,7 @@ import torch
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
 from lorasync.export.config import adapter_config, merged_config, read_json, say_tied
 from lorasync.export.packed import BaseWeights
-from lorasync.export.skeleton import misplaced, skeleton
+from lorasync.export.skeleton import misplaced, saved_beside, skeleton
 from lorasync.export.tensors import Tensors
 from lorasync.export.ties import declared, settle, severed
 from lorasync.export.vocabulary import check_tokenizer, other_vocabulary
@@ -26,7 +26,7 @@ from lorasync.merge import (
     merge_low_rank,
     replace_rows,
 )
-from lorasync.names import CheckpointLayout
+from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source import FactorModule, FactorSource, FactorSpec, ParamMeta
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ class CheckpointSource:
                 "expected one for the base as published. Load both with PEFT and pass the model instead."
             )
         wrong = [*misplaced(self._model, self.factors), *self._unused()]
-        if wrong:
-            hint = other_vocabulary(self._model, self.factors)
+        hint = other_vocabulary(self._model, self.factors)
+        if wrong or hint:
             raise MismatchError(hint or "The adapter doesn't fit this base.", wrong)
 
     def _unused(self) -> Iterator[Mismatch]:
@@ -201,8 +201,9 @@ class CheckpointSource:
         modules = self.spec.modules
         entries: list[Any] = [*self.spec.biases, *self.spec.rows, *self.spec.saved]
         used = {t for m in modules for t in (m.a, m.b, m.magnitude)} | {entry.tensor for entry in entries}
+        used |= set(saved_beside(self._model, self.factors))
         for name in self.factors.names:
-            if name not in used and not name.endswith("base_layer.weight"):
+            if name not in used:
                 fix = "Load both with PEFT and pass the model to merge_to_disk."
                 yield Mismatch(name, "a tensor that no weight is made of", "a LoRA's", fix)
 
@@ -215,6 +216,7 @@ class CheckpointSource:
             for name in wanted
             if self._stored(name) is None
         ]
+        wrong += self._changed()
         shapes = {module.weight: module.shape for module in self.spec.modules if not module.pieces}
         shapes |= {name: self.factors.describe(tensor)[1] for name, tensor in self._saved.items()}
         for name, shape in shapes.items():
@@ -223,6 +225,15 @@ class CheckpointSource:
                 wrong.append(Mismatch(name, str(stored.shape), str(shape), _FIX))
         if wrong:
             raise MismatchError("The adapter doesn't fit this base.", wrong)
+
+    def _changed(self) -> Iterator[Mismatch]:
+        """Embeddings that PEFT saved along, with other values than the base has: they were trained or set before."""
+        for name in saved_beside(self._model, self.factors):
+            weight = checkpoint_name(name)
+            stored = self._stored(weight or name)
+            if stored is None or not torch.equal(stored.read(), self.factors[name].to(stored.dtype)):
+                fix = "Load both with PEFT, which takes the adapter's, and pass the model to merge_to_disk."
+                yield Mismatch(name, "an embedding that is not the base's", f"{weight} of the base", fix)
 
 
 def _by_weight(modules: tuple[FactorModule, ...]) -> dict[str, list[FactorModule]]:

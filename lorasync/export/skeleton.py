@@ -95,20 +95,45 @@ def misplaced(model: Any, factors: Tensors) -> Iterator[Mismatch]:
         model: A PEFT model; the meta device will do.
         factors: The adapter's file.
     """
-    from peft import get_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    made = _adapter_state(model)
+    beside = saved_beside(model, factors)
     for name in sorted(made.keys() ^ set(factors.names)):
         if name in made:
             yield Mismatch(name, "nothing", "a tensor", _FIX)
-        elif not name.endswith("base_layer.weight"):  # a frozen embedding that PEFT saved along
+        elif name not in beside:
             yield Mismatch(name, "a tensor", "none of this name", _FIX)
     for name in made.keys() & set(factors.names):
         shape, expected = factors.describe(name)[1], tuple(made[name].shape)
         if shape != expected:
             yield Mismatch(name, str(shape), str(expected), _FIX)
+
+
+def saved_beside(model: Any, factors: Tensors) -> list[str]:
+    """Name the whole embeddings in an adapter's file: PEFT saves them along when they are targeted, or were resized."""
+    paths = [path for path, _ in embeddings(model)]
+    ends = [f"{path}.{end}" for path in paths for end in ("weight", "base_layer.weight")]
+    made = _adapter_state(model)
+    return [name for name in ends if name in factors and name not in made]
+
+
+def embeddings(model: Any) -> Iterator[tuple[str, Any]]:
+    """Path and weight of the input and the output embedding."""
+    for which in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model.base_model.model, which, None)
+        layer = get() if get is not None else None
+        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        path = next((name for name, module in model.named_modules() if module is layer), None)
+        if weight is not None and path is not None:
+            yield path, weight
+
+
+def _adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return made
 
 
 def _line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import LoadError, Mismatch, MismatchError
 from lorasync.export.config import read_json
+from lorasync.export.skeleton import embeddings, saved_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,14 +22,10 @@ def other_vocabulary(model: Any, factors: Tensors) -> str | None:
         model: The PEFT model of both, on the meta device.
         factors: The adapter's file.
     """
-    for path, weight in _embeddings(model):
-        names = [
-            n
-            for n in factors.names
-            if n.startswith(f"{path}.") and n.endswith("weight") and ".lora_" not in n
-        ]
-        shapes = {factors.describe(name)[1] for name in names}
-        other = {shape[0] for shape in shapes if shape[1:] == tuple(weight.shape[1:])} - {weight.shape[0]}
+    saved = saved_beside(model, factors)
+    for path, weight in embeddings(model):
+        shapes = {factors.describe(name)[1] for name in saved if name.startswith(f"{path}.")}
+        other = {shape[0] for shape in shapes} - {weight.shape[0]}
         if other:
             return _resize(weight.shape[0], max(other))
     return None
@@ -40,22 +37,12 @@ def check_tokenizer(model: Any, base: Path, adapter: Path) -> None:
     Raises:
         MismatchError: It does, and the base's own tokenizer doesn't.
     """
-    rows = min((weight.shape[0] for _, weight in _embeddings(model)), default=0)
+    rows = min((weight.shape[0] for _, weight in embeddings(model)), default=0)
     last, known = max(_added_tokens(adapter), default=-1), max(_added_tokens(base), default=-1)
     if rows and last >= rows > known:
         got = f"the token {last}"
         wrong = Mismatch(f"{adapter.name}'s tokenizer", got, f"tokens below {rows}", _resize(rows, last + 1))
         raise MismatchError("The adapter's tokenizer is not for this base.", [wrong])
-
-
-def _embeddings(model: Any) -> Iterator[tuple[str, Any]]:
-    """Path and weight of the input and the output embedding."""
-    for which in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model.base_model.model, which)()
-        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        path = next((name for name, module in model.named_modules() if module is layer), None)
-        if weight is not None and path is not None:
-            yield path, weight
 
 
 def _added_tokens(folder: Path) -> Iterator[int]:
