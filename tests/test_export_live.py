@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lorasync.errors import ExportError, LoadError, LorasyncError, MismatchError
 from lorasync.export import merge_to_disk, writer
 from lorasync.source import MergedSource
+from tests.packed_bases import rewrite
 from tests.test_export import stored
 from tests.test_source import quantized
 from tests.tiny import adapt, build, same_bits
@@ -167,3 +168,33 @@ def test_an_interrupt_leaves_nothing_and_the_bar_shows_the_way(
         merge_to_disk(adapt(build("llama")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert "Merging to out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["gpt-neox", "llama", "llama-tied", "gpt2", "t5", "bart", "llava"])
+def test_the_config_says_tied_if_and_only_if_the_head_is_not_written(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Also where the checkpoint calls the head something else than the model does."""
+    base = build(architecture)
+    tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    out = merge_to_disk(adapt(base), tmp_path / "out", progress=False)
+    said = written(out)
+    assert (
+        said.get("tie_word_embeddings", said.get("text_config", {}).get("tie_word_embeddings", False)) is tied
+    )
+
+
+def test_a_head_that_was_loaded_apart_from_its_embedding_is_not_tied_by_the_config(tmp_path: Path) -> None:
+    build("llama-tied").save_pretrained(tmp_path / "base")
+
+    def apart(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite(tmp_path / "base", apart)
+    model = adapt(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto"), target_modules=["q_proj"]
+    )
+    assert model.config.tie_word_embeddings is True
+    out = merge_to_disk(model, tmp_path / "out", progress=False)
+    assert written(out)["tie_word_embeddings"] is False
+    assert not torch.equal(stored(out)["lm_head.weight"], stored(out)["model.embed_tokens.weight"])

@@ -8,14 +8,15 @@ import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorasync.export.config import merged_config, say_tied
+from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source.model import base_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    import torch
 
     from lorasync.source import MergedSource, ParamMeta
 
@@ -74,10 +75,13 @@ def live_config(source: MergedSource, metadata: Sequence[ParamMeta]) -> dict[str
         made.pop("torch_dtype", None)
         made["dtype"] = str(_usual(metadata)).removeprefix("torch.")
     names = {meta.name for meta in metadata}
-    ties = _ties_of(model)
-    if source.untie and any(target in names for target in ties):
+    head, embedding = (
+        _stored_name(model, "get_output_embeddings"),
+        _stored_name(model, "get_input_embeddings"),
+    )
+    if head in names and made.get("tie_word_embeddings"):
         say_tied(made, False)
-    elif ties and not any(target in names for target in ties) and names.issuperset(ties.values()):
+    elif head is not None and head not in names and embedding in names:
         say_tied(made, True)
     return made
 
@@ -98,7 +102,12 @@ def _usual(metadata: Sequence[ParamMeta]) -> torch.dtype | None:
     return max(found, key=lambda dtype: found[dtype]) if found else None
 
 
-def _ties_of(model: Any) -> dict[str, str]:
-    """The output layer's tie, as the class declares it: by name, whatever the config says."""
-    declared = getattr(model, "_tied_weights_keys", None) or {}
-    return dict(declared) if isinstance(declared, dict) else {}
+def _stored_name(model: Any, which: str) -> str | None:
+    """The checkpoint name of the input or output embedding's weight; None where the model has none."""
+    layer = getattr(model, which)() if hasattr(model, which) else None
+    path = next((name for name, module in model.named_modules() if module is layer), None)
+    name = None if layer is None or path is None else checkpoint_name(f"{path}.weight")
+    if name is None:
+        return None
+    (made, *_) = CheckpointLayout(model).convert({name: torch.empty(2, 2, device="meta")})
+    return made

@@ -23,6 +23,10 @@ _FIX = (
     "Train both sides alike (PEFT's ensure_weight_tying=True; it ties only at the start, and not where the adapter is in "
     "another dtype than the base), or write them apart: untie=True, on the command line --untie."
 )
+_IN_MEMORY = (
+    "Tokens were trained on one side that PEFT gives to the other too: load both with PEFT and pass the model to "
+    "merge_to_disk(…, untie=True)."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def settle(groups: list[list[str]], spec: FactorSpec, factors: Tensors, *, untie
             apart += group
         else:
             others = [name for name in group if name != kept]
-            wrong += [Mismatch(n, "another update", f"the same as its tied {kept}", _FIX) for n in others]
+            fix = _IN_MEMORY if untie else _FIX
+            wrong += [Mismatch(n, "another update", f"the same as its tied {kept}", fix) for n in others]
     if wrong:
         raise MismatchError("The adapter makes tied weights differ.", wrong)
     return Ties(by, tuple(apart))
