@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lorasync.errors import LoadError, MismatchError
 from lorasync.export import merge_to_disk
 from tests import packed_bases
 from tests.packed_bases import foreign_folder, fp8_folder, mxfp4_folder, rewrite
+from tests.test_source import quantized
 from tests.tiny import adapt, fill, same_bits
 
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
@@ -218,3 +220,14 @@ def test_another_method_than_lora_over_a_packed_base(make: Any, tmp_path: Path) 
     again = PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload().state_dict()
     merged = load(out).state_dict()
     assert [n for n, t in again.items() if not same_bits(t, merged[n])] == []
+
+
+def test_a_base_of_bitsandbytes_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_bases.build("llama").save_pretrained(tmp_path / "plain")
+    quantized(tmp_path / "plain", "nf4 nested").save_pretrained(tmp_path / "base")
+    adapt(packed_bases.build("llama"), **ATTENTION).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.utils", None)
+    with pytest.raises(LoadError, match=r"lorasync\[qlora\]"):
+        merge_to_disk(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", progress=False)

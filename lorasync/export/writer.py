@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -54,9 +56,9 @@ def complete_or_nothing(out: Path, needed: int, *, overwrite: bool) -> Iterator[
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out, parent)
         _check_space(parent, needed)
-        partial = parent / f".{out.name}.partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = parent / f"{_partial(out)}{os.getpid()}"
         partial.mkdir()
     except OSError as error:
         raise _explained(error, out, needed) from error
@@ -67,6 +69,28 @@ def complete_or_nothing(out: Path, needed: int, *, overwrite: bool) -> Iterator[
         raise _explained(error, out, needed) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(out: Path) -> str:
+    return f".{out.name}.partial-{platform.node()}-"
+
+
+def _remove_abandoned(out: Path, parent: Path) -> None:
+    """Remove what runs on this machine left behind that were killed, so that nothing could clean up after them."""
+    for folder in parent.glob(f"{glob.escape(_partial(out))}*"):
+        process = folder.name.removeprefix(_partial(out))
+        if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _check_space(folder: Path, needed: int) -> None:
