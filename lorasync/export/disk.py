@@ -136,7 +136,7 @@ def _from_folders(base: Path, adapter: Any, out: Path, options: dict[str, Any]) 
 def _from_model(source: MergedSource, beside: Callable[[Path], None] | None = None) -> _Job:
     metadata, kind = source.metadata(), live_class(source.model)
     config = live_config(source, metadata)
-    if kind is not None and config is not None and not _in_zero3():
+    if kind is not None and config is not None:
         check_loads(kind, kind.config_class.from_dict(dict(config)), metadata)
     return _Job(source, metadata, config, beside or partial(save_generation_config, source.model))
 
@@ -189,13 +189,6 @@ def _refuse_inside(out: Path, *sources: Path) -> None:
     for source in sources:
         if place == source.resolve() or place in source.resolve().parents:
             raise ExportError(f"{out}: got a folder that {source} is in, expected another place.")
-
-
-def _in_zero3() -> bool:
-    """Whether transformers would shard a model that it loads now."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    return bool(is_deepspeed_zero3_enabled())
 
 
 def _name(adapter: Any) -> Any:

@@ -21,6 +21,8 @@ _NEVER_WEIGHTS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 def check_loads(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> None:
     """Load tensors of these names, dtypes and shapes into the model's class, on the meta device.
 
+    Nothing is checked while transformers shards whatever it loads (ZeRO-3, accelerate's FSDP): a load is collective then.
+
     Args:
         kind: The class, a subclass of `transformers.PreTrainedModel`.
         config: Its config, as it will be written.
@@ -30,9 +32,17 @@ def check_loads(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> None:
         MismatchError: A parameter would be missing, of another shape, or packed in a way that nothing here unpacks.
         LoadError: transformers can't put the tensors into the model at all.
     """
+    if _loads_are_sharded():
+        return
     wrong = [*unloadable(kind, config, metadata)]
     if wrong:
         raise MismatchError("The merged model would not load. Nothing was written.", wrong)
+
+
+def _loads_are_sharded() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_enabled())
 
 
 def unloadable(kind: Any, config: Any, metadata: Sequence[ParamMeta]) -> Iterator[Mismatch]:
