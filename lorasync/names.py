@@ -183,7 +183,16 @@ def _conversions(model: Any) -> list[Any]:
     loaded = getattr(model, "_weight_conversions", None)
     if loaded is None:
         loaded = _default_conversions(model)
-    return [conversion for conversion in loaded if not _from_quantizer(conversion)]
+    kept = [conversion for conversion in loaded if not _from_quantizer(conversion)]
+    # A quantizer that dequantizes while loading puts its step into the model's own conversions: those come back plain.
+    lost = {_targets(conversion) for conversion in loaded if _from_quantizer(conversion)}
+    if not lost:
+        return kept
+    return kept + [conversion for conversion in _default_conversions(model) if _targets(conversion) in lost]
+
+
+def _targets(conversion: Any) -> tuple[str, ...]:
+    return tuple(pattern.removesuffix("$") for pattern in getattr(conversion, "target_patterns", ()))
 
 
 def _default_conversions(model: Any) -> list[Any]:

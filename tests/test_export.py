@@ -232,6 +232,11 @@ def test_a_killed_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
     assert left.name.startswith(".out.partial")
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(left)
+    other = tmp_path / left.name.replace(".partial-", ".partial-elsewhere-")
+    alive = left.with_name(f"{left.name.rpartition('-')[0]}-{os.getppid()}")
+    other.mkdir(), alive.mkdir()
+    merge_to_disk(adapt(build("llama")), tmp_path / "out", progress=False)
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", other, alive}  # another's work is nobody's to remove
 
 
 def _peak_of_merging(path: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> int:

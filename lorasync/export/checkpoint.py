@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from lorasync.errors import LoadError, Mismatch, MismatchError, NonFiniteError
-from lorasync.export.writer import DTYPES
-from lorasync.kernels import dequantize_4bit
+from lorasync.export.config import adapter_config, merged_config, read_json, say_tied
+from lorasync.export.packed import BaseWeights
+from lorasync.export.skeleton import misplaced, saved_beside, skeleton
+from lorasync.export.tensors import Tensors
+from lorasync.export.ties import declared, settle, severed
+from lorasync.export.vocabulary import check_tokenizer, other_vocabulary
 from lorasync.merge import (
     NEAREST,
     Nearest,
@@ -26,63 +26,25 @@ from lorasync.merge import (
     merge_low_rank,
     replace_rows,
 )
-from lorasync.names import CheckpointLayout
+from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source import FactorModule, FactorSource, FactorSpec, ParamMeta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_STATE = ".quant_state.bitsandbytes__"
+    from torch import Tensor
 
+    from lorasync.export.packed import Weight
 
-class Tensors:
-    """The tensors of one folder's safetensors files, read one at a time.
-
-    Raises:
-        LoadError: There are no safetensors files, or the index names a file that is missing.
-    """
-
-    def __init__(self, folder: Path, stem: str) -> None:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [f"{stem}.safetensors"]
-        missing = [file for file in files if not (folder / file).exists()]
-        if missing:
-            raise LoadError(
-                f"{folder}: got no {', '.join(missing)}, expected safetensors files of a complete save."
-            )
-        self._open: list[Any] = [safe_open(folder / file, framework="pt") for file in files]
-        self._where = {name: handle for handle in self._open for name in handle.keys()}  # noqa: SIM118
-
-    @property
-    def names(self) -> list[str]:
-        """Every tensor's name, file by file."""
-        return list(self._where)
-
-    def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
-        return name in self._where
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own."""
-        tensor: Tensor = self._where[name].get_tensor(name)
-        return tensor
-
-    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Return dtype and shape; nothing is read."""
-        view = self._where[name].get_slice(name)
-        return DTYPES[view.get_dtype()], tuple(view.get_shape())
+_FIX = "Is the adapter for this base? Else load both with PEFT and pass the model to merge_to_disk."
 
 
 class CheckpointSource:
     """The merged checkpoint of a base and an adapter folder, as a stream in the base's names and order.
 
     Args:
-        base: A model folder with safetensors, plain or packed by bitsandbytes (4-bit or 8-bit).
+        base: A model folder with safetensors, plain, or packed by bitsandbytes, in FP8 with scales or in MXFP4.
         adapter: A PEFT folder (adapter_config.json, adapter_model.safetensors) of a LoRA or DoRA.
         dtype: What floating-point weights become; ``None`` keeps each one's own.
         rounding: How to round what was merged.
@@ -103,19 +65,36 @@ class CheckpointSource:
         rounding: Rounding = NEAREST,
         untie: bool = False,
     ) -> None:
-        self.base, self.factors = Tensors(base, "model"), Tensors(adapter, "adapter_model")
-        self.dtype, self.rounding, self.untie = dtype, rounding, untie
+        self._config = read_json(base / "config.json")
+        adapter_config(adapter)
+        self.base = BaseWeights(Tensors(base, "model"), self._config)
+        self.factors = Tensors(adapter, "adapter_model")
+        self.dtype, self.rounding = dtype, rounding
         self._model = skeleton(base, adapter)
+        self._severed = severed(declared(self._model), self.base)
+        if self._severed:
+            self._model = skeleton(base, adapter, tied=False)
         self.spec: FactorSpec = FactorSource(self._model).spec()
-        self._int8_dtype = _dtype_of(base)
-        self._names = [name for name in self.base.names if not _is_companion(name)]
         self._modules = _by_weight(self.spec.modules)
-        self._check()
+        self._saved = {entry.weight: entry.tensor for entry in self.spec.saved}
+        self._check_adapter()
+        check_tokenizer(self._model, base, adapter)
+        groups = declared(self._model)
+        self._ties = settle(groups, self.spec, self.factors, untie=untie)
+        self._stand_ins = _stand_ins(groups, self.base)
+        self._check_base()
+        self._names = [*self.base.names, *self._added()]
 
     def metadata(self) -> list[ParamMeta]:
         """Say what iteration will yield; nothing is read."""
-        known = [ParamMeta(name, *self._describe(name)) for name in self._names]
-        return known + [ParamMeta(name, *self._described(like)) for name, like in self._added().items()]
+        return [ParamMeta(name, self._dtype_of(name), self._shape_of(name)) for name in self._names]
+
+    def config(self) -> dict[str, Any]:
+        """Return the config that is true of the merged model."""
+        made = merged_config(self._config, dtype=self.dtype, packed=self.base.packed_dtype)
+        if self._ties.apart or self._severed:
+            say_tied(made, False)
+        return made
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield `(name, tensor)`; NaN and Inf are looked for in all factors first, then in each result."""
@@ -123,29 +102,27 @@ class CheckpointSource:
         if bad:
             raise NonFiniteError(f"adapter: got NaN or Inf in {', '.join(bad)}, expected finite values.")
         scratch = Scratch()
-        for name in [*self._names, *self._added()]:
-            tensor = self._make(name, scratch)
+        for name in self._names:
+            # Tied names get the same values, down to a stochastic rounding's.
+            tensor = self._make(self._ties.by.get(name, name), scratch)
             if not _finite(tensor):
                 raise NonFiniteError(f"{name}: got NaN or Inf after merging, expected finite values.")
             yield name, tensor
 
     def _make(self, name: str, scratch: Scratch) -> Tensor:
-        saved = {entry.weight: entry.tensor for entry in self.spec.saved}
-        if name in saved:
-            return self._cast(self.factors[saved[name]], name)
-        base = self._read(name if name in self.base else self.spec.ties.get(name, name))
-        modules = self._modules.get(name, [])
-        if (
-            len(modules) == 1
-            and not modules[0].pieces
-            and name not in {rows.weight for rows in self.spec.rows}
-        ):
+        if name in self._saved:
+            return self._cast(self.factors[self._saved[name]], name)
+        stored = self._stored(name)
+        assert stored is not None
+        base, modules = stored.read(), self._modules.get(name, [])
+        rows = {rows.weight for rows in self.spec.rows}
+        if len(modules) == 1 and not modules[0].pieces and name not in rows:
             return self._one_module(modules[0], name, base, scratch)
         return self._cast(self._merged(name, base), name)
 
     def _one_module(self, module: FactorModule, name: str, base: Tensor, scratch: Scratch) -> Tensor:
         """The usual case: one adapter, rounded as it is merged."""
-        how = replace(module.how, exact=module.how.exact or self._packed(name))
+        how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
         a, b = self.factors[module.a], self.factors[module.b]
         magnitude = None if module.magnitude is None else self.factors[module.magnitude]
         dtype, rounding = self._dtype_of(name), self.rounding
@@ -167,7 +144,7 @@ class CheckpointSource:
 
     def _low_rank(self, module: FactorModule, name: str, weight: Tensor) -> Tensor:
         exact = not isinstance(self.rounding, Nearest)
-        how = replace(module.how, exact=module.how.exact or self._packed(name))
+        how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
         a, b = self.factors[module.a], self.factors[module.b]
         if module.pieces:
             delta = self._delta_of_piece(module, name, low_rank_delta(how, a, b, exact=exact))
@@ -184,145 +161,79 @@ class CheckpointSource:
         dtype = self._dtype_of(name)
         return self.rounding(tensor, dtype, key=name) if dtype.is_floating_point else tensor
 
+    def _stored(self, name: str) -> Weight | None:
+        """The base's weight of a name, or of the one that it is tied to."""
+        name = name if name in self.base else self._stand_ins.get(name, name)
+        return self.base.get(name)
+
+    def _by_bitsandbytes(self, name: str) -> bool:
+        stored = self._stored(name)
+        return stored is not None and stored.by_bitsandbytes
+
     def _dtype_of(self, name: str) -> torch.dtype:
-        return (self._describe(name) if name in self.base else self._described(name))[0]
-
-    def _added(self) -> dict[str, str]:
-        """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
-        names = [saved.weight for saved in self.spec.saved]
-        if self.untie and self.spec.conflicts:
-            names += list(self.spec.ties) + [name for name in self._modules if name in self.spec.ties]
-        known = set(self._names)
-        return {name: name for name in dict.fromkeys(names) if name not in known}
-
-    def _described(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        for saved in self.spec.saved:
-            if saved.weight == name:
-                dtype, shape = self.factors.describe(saved.tensor)
-                return self._target(dtype), shape
-        return self._describe(self.spec.ties[name])
-
-    def _describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        dtype, shape = self.base.describe(name)
-        state = self._state(name)
-        if state is not None:
-            return self._target(state.dtype), tuple(state.shape)
-        return self._target(self._int8_dtype if self._packed(name) else dtype), shape
-
-    def _target(self, dtype: torch.dtype) -> torch.dtype:
+        stored = self._stored(name)
+        dtype = self.factors.describe(self._saved[name])[0] if stored is None else stored.dtype
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
-    def _packed(self, name: str) -> bool:
-        return self._scales(name) in self.base or self._state_key(name) is not None
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        stored = self._stored(name)
+        return self.factors.describe(self._saved[name])[1] if stored is None else stored.shape
 
-    def _state_key(self, name: str) -> str | None:
-        keys = (f"{name}{_STATE}{kind}" for kind in ("nf4", "fp4"))
-        return next((key for key in keys if key in self.base), None)
+    def _added(self) -> list[str]:
+        """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
+        ties = self._ties
+        told = {*ties.by, *(kept for name, kept in ties.by.items() if name in self.base)}
+        return [n for n in dict.fromkeys([*self._saved, *ties.apart]) if n not in self.base and n not in told]
 
-    def _state(self, name: str) -> Any:
-        key = self._state_key(name)
-        if key is None:
-            return None
-        from bitsandbytes.functional import QuantState
-
-        parts = {other: self.base[name + other] for other in _COMPANIONS if name + other in self.base}
-        parts = {other.removeprefix("."): tensor for other, tensor in parts.items()}
-        return QuantState.from_dict(
-            {**parts, key.removeprefix(f"{name}."): self.base[key]}, torch.device("cpu")
-        )
-
-    def _scales(self, name: str) -> str:
-        return f"{name.removesuffix('weight')}SCB"
-
-    def _read(self, name: str) -> Tensor:
-        state = self._state(name)
-        if state is not None:
-            weight = dequantize_4bit(self.base[name], state)
-        elif self._packed(name):
-            from bitsandbytes.functional import int8_vectorwise_dequant
-
-            weight = int8_vectorwise_dequant(self.base[name], self.base[self._scales(name)])
-        else:
-            weight = self.base[name]
-        return weight
-
-    def _check(self) -> None:
+    def _check_adapter(self) -> None:
         if self.spec.base_changed_by is not None:
             raise LoadError(
                 f"adapter: got init_lora_weights={self.spec.base_changed_by!r}, which changed its base, "
                 "expected one for the base as published. Load both with PEFT and pass the model instead."
             )
+        wrong = [*misplaced(self._model, self.factors), *self._unused()]
+        hint = other_vocabulary(self._model, self.factors)
+        if wrong or hint:
+            raise MismatchError(hint or "The adapter doesn't fit this base.", wrong)
+
+    def _unused(self) -> Iterator[Mismatch]:
+        """Tensors of the adapter that no weight of the merged model is made of."""
+        modules = self.spec.modules
+        entries: list[Any] = [*self.spec.biases, *self.spec.rows, *self.spec.saved]
+        used = {t for m in modules for t in (m.a, m.b, m.magnitude)} | {entry.tensor for entry in entries}
+        used |= set(saved_beside(self._model, self.factors))
+        for name in self.factors.names:
+            if name not in used:
+                fix = "Load both with PEFT and pass the model to merge_to_disk."
+                yield Mismatch(name, "a tensor that no weight is made of", "a LoRA's", fix)
+
+    def _check_base(self) -> None:
+        """Compare names and shapes of what the spec needs with what the base holds."""
+        entries: list[Any] = [*self.spec.biases, *self.spec.rows]
+        wanted = dict.fromkeys([*self._modules, *(entry.weight for entry in entries)])
         wrong = [
-            Mismatch(name, "tied weights that differ", "one update", "Pass untie=True.")
-            for name in self._broken()
+            Mismatch(name, "no such tensor in the base", "the weight that the adapter is for", _FIX)
+            for name in wanted
+            if self._stored(name) is None
         ]
-        wrong += list(self._unknown())
+        wrong += self._changed()
+        shapes = {module.weight: module.shape for module in self.spec.modules if not module.pieces}
+        shapes |= {name: self.factors.describe(tensor)[1] for name, tensor in self._saved.items()}
+        for name, shape in shapes.items():
+            stored = self._stored(name)
+            if stored is not None and stored.shape != shape:
+                wrong.append(Mismatch(name, str(stored.shape), str(shape), _FIX))
         if wrong:
             raise MismatchError("The adapter doesn't fit this base.", wrong)
 
-    def _broken(self) -> list[str]:
-        return (
-            []
-            if self.untie
-            else list(self.spec.conflicts) + [n for n in self._modules if n in self.spec.ties]
-        )
-
-    def _unknown(self) -> Iterator[Mismatch]:
-        """Compare names and shapes of what the spec needs with what both folders hold."""
-        fix = "Is the adapter for this base? Else load both with PEFT and pass the model to merge_to_disk."
-        held = set(self._names)
-        wanted = [*self._modules, *(e.weight for e in self.spec.biases), *(e.weight for e in self.spec.rows)]
-        for name in wanted:
-            if name not in held and name not in self.spec.ties:
-                yield Mismatch(name, "no such tensor in the base", "the weight that the adapter is for", fix)
-        for module in self.spec.modules:
-            if (
-                not module.pieces
-                and module.weight in held
-                and self._describe(module.weight)[1] != module.shape
-            ):
-                yield Mismatch(module.weight, str(self._describe(module.weight)[1]), str(module.shape), fix)
-        expected = {meta.name: meta.shape for meta in FactorSource(self._model).metadata()}
-        for name in sorted(expected.keys() ^ set(self.factors.names)):
-            got, needed = ("nothing", "a tensor") if name in expected else ("a tensor", "none of this name")
-            if not name.endswith("base_layer.weight"):  # a frozen embedding that PEFT saved along
-                yield Mismatch(name, got, needed, fix)
-        for name in expected.keys() & set(self.factors.names):
-            if self.factors.describe(name)[1] != expected[name]:
-                yield Mismatch(name, str(self.factors.describe(name)[1]), str(expected[name]), fix)
-
-
-def skeleton(base: Path, adapter: Path) -> Any:
-    """Build the base model and the adapter's layers without storage, to learn names and shapes from.
-
-    Raises:
-        LoadError: One of the folders has no readable config.
-    """
-    import transformers
-    from peft import PeftConfig, get_peft_model
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(base)
-        settings = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, KeyError) as error:
-        raise LoadError(
-            f"{base}, {adapter}: got {error}, expected a model folder and a PEFT adapter folder."
-        ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
-    kind: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    changing = settings.init_lora_weights if hasattr(settings, "init_lora_weights") else None
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if changing is not None:
-            settings.init_lora_weights = False
-        settings.inference_mode = False
-        model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-        peft = get_peft_model(model, settings, low_cpu_mem_usage=True)
-    if changing is not None:
-        settings.init_lora_weights = changing
-    return peft
+    def _changed(self) -> Iterator[Mismatch]:
+        """Embeddings that PEFT saved along, with other values than the base has: they were trained or set before."""
+        for name in saved_beside(self._model, self.factors):
+            weight = checkpoint_name(name)
+            stored = self._stored(weight or name)
+            if stored is None or not torch.equal(stored.read(), self.factors[name].to(stored.dtype)):
+                fix = "Load both with PEFT, which takes the adapter's, and pass the model to merge_to_disk."
+                yield Mismatch(name, "an embedding that is not the base's", f"{weight} of the base", fix)
 
 
 def _by_weight(modules: tuple[FactorModule, ...]) -> dict[str, list[FactorModule]]:
@@ -333,19 +244,20 @@ def _by_weight(modules: tuple[FactorModule, ...]) -> dict[str, list[FactorModule
     return dict(found)
 
 
+def _stand_ins(groups: list[list[str]], base: BaseWeights) -> dict[str, str]:
+    """Map each tied name that isn't stored to one that is."""
+    stored = {id(group): next((name for name in group if name in base), None) for group in groups}
+    return {
+        name: stand_in
+        for group in groups
+        if (stand_in := stored[id(group)]) is not None
+        for name in group
+        if name not in base
+    }
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no Inf in it, without a copy (`isfinite` makes several)."""
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return True
     return all(math.isfinite(float(edge)) for edge in torch.aminmax(tensor))
-
-
-def _is_companion(name: str) -> bool:
-    return name.endswith((*_COMPANIONS, ".SCB", ".weight_format")) or _STATE in name
-
-
-def _dtype_of(base: Path) -> torch.dtype:
-    config = json.loads((base / "config.json").read_text())
-    name = config.get("dtype") or config.get("torch_dtype") or "float16"
-    dtype = getattr(torch, str(name), torch.float16)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float16

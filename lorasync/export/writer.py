@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    _DTYPES[torch.float8_e8m0fnu] = "F8_E8M0"
 DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _ALIGN = 8
 
@@ -46,14 +50,15 @@ def complete_or_nothing(out: Path, needed: int, *, overwrite: bool) -> Iterator[
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ExportError(
-            f"{out}: got something there already, expected an empty place. Pass overwrite=True or move it."
+            f"{out}: got something there already, expected an empty place. "
+            "Pass overwrite=True (--overwrite on the command line) or move it."
         )
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out, parent)
         _check_space(parent, needed)
-        partial = parent / f".{out.name}.partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = parent / f"{_partial(out)}{os.getpid()}"
         partial.mkdir()
     except OSError as error:
         raise _explained(error, out, needed) from error
@@ -64,6 +69,28 @@ def complete_or_nothing(out: Path, needed: int, *, overwrite: bool) -> Iterator[
         raise _explained(error, out, needed) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(out: Path) -> str:
+    return f".{out.name}.partial-{platform.node()}-"
+
+
+def _remove_abandoned(out: Path, parent: Path) -> None:
+    """Remove what runs on this machine left behind that were killed, so that nothing could clean up after them."""
+    for folder in parent.glob(f"{glob.escape(_partial(out))}*"):
+        process = folder.name.removeprefix(_partial(out))
+        if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -86,13 +113,21 @@ def _explained(error: OSError, out: Path, needed: int) -> OSError:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    if out.exists():
-        old = out.absolute().parent / f".{out.name}.old-{os.getpid()}"
-        out.rename(old)
+    """Put the complete folder where ``out`` is; what was there is back if that fails half-way."""
+    if not out.exists():
         partial.rename(out)
+        return
+    old = out.absolute().parent / f".{out.name}.old-{os.getpid()}"
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:
-        partial.rename(out)
+        old.unlink()
 
 
 def write_shards(

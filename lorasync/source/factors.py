@@ -386,9 +386,10 @@ class _Builder:
             wires = [self.wire[id(param)] for param in step.params]
             if step.how is not None:
                 self._low_rank(slot, step, step.how, wires)
-            elif step.rows and not shared:
-                self.rows.append(FactorRows(name, wires[0], step.rows))
-            elif not step.rows:
+            elif step.rows:
+                if not shared or wires[0] not in {rows.tensor for rows in self.rows}:
+                    self.rows.append(FactorRows(name, wires[0], step.rows))
+            else:
                 layer: Any = step.layer
                 self.biases.append(FactorBias(name, wires[0], float(layer.scaling[step.adapter])))
 

@@ -115,7 +115,10 @@ def _disagreements(group: list[Slot], same: Callable[[Slot, Slot], bool]) -> lis
 def _alike(one: Slot, other: Slot) -> bool:
     if one.general is not None or other.general is not None or len(one.steps) != len(other.steps):
         return False
-    return all(len(a.params) == len(b.params) for a, b in zip(one.steps, other.steps, strict=True))
+    return all(
+        len(a.params) == len(b.params) and a.rows == b.rows
+        for a, b in zip(one.steps, other.steps, strict=True)
+    )
 
 
 def _same_values(one: Slot, other: Slot) -> bool:

@@ -1,0 +1,1 @@
+"""What a base's weights are packed by, and how they are read back."""
