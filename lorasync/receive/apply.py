@@ -11,9 +11,10 @@ from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
 from lorasync.receive import vllm_parts
 from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.factors import FactorApplier
-from lorasync.receive.live import LiveModel, LiveWriter
+from lorasync.receive.live import LiveModel, stands_for
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
 from lorasync.receive.staging import BucketCheck, parsed
+from lorasync.receive.writer import LiveWriter
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
@@ -75,10 +76,11 @@ class LoadApplier:
         manifest = manifest_from_text(control.manifest)
         ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
         plan = record_plan(vllm_parts.build_twin(engine.vllm_config), manifest, ranks=ranks)
-        check_complete(plan)
+        check_complete(plan, plan.uncovered.keys() - stands_for(engine.model, plan.uncovered).keys())
         _refuse_narrowing(plan, manifest)
         self._expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._live.check_writable()
         self._pass: LiveWriter | None = None
         self._received: set[str] = set()
         self._check = BucketCheck()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lorasync.kernels import MergeJob
     from lorasync.receive.live import LiveModel
-    from lorasync.receive.plan import Row
+    from lorasync.receive.windows import Row
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DirectWrites:
         found = Direct()
         for name, item in tensors.items():
             rows = self._live.plan.rows_of(name)
-            if self._live.indirect_params_fed_by(name) or not self._is_plain(rows, item):
+            if self._live.unit_of(name) is not None or not self._is_plain(rows, item):
                 found.others[name] = item
                 continue
             found.params |= {row.param for row in rows}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_ro
 from lorasync.receive import vllm_parts
 from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle, is_rectangle
 from lorasync.receive.identity import Read, check_base
-from lorasync.receive.live import LiveModel, LiveWriter
+from lorasync.receive.live import LiveModel
 from lorasync.receive.plan import ManifestEntry, Row, record_plan
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.streamed import StreamedMerges, buffer_for
+from lorasync.receive.writer import LiveWriter
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
@@ -328,29 +328,22 @@ class FactorApplier:
             row for name in names for row in self._live.plan.rows_of(name) if row.param in self._live.direct
         ]
 
-    def _layers_through_loader(self) -> list[str]:
-        params = {p for name in self._touched for p in self._live.indirect_params_fed_by(name)}
-        return sorted({param.rpartition(".")[0] for param in params})
-
     def _names_in_loads(self) -> list[list[str]]:
         """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
         loads: list[list[str]] = []
         size = 0
-        for layer in self._layers_through_loader():
-            names = sorted(self._live.names_through_loader(layer))
-            rows = [row for name in names for row in self._live.plan.rows_of(name)]
-            of_layer = sum(math.prod(row.source.shape) for row in rows) * self._dtype.itemsize
-            if not loads or size + of_layer > LOAD_BYTES:
+        for unit in self._live.units_of(self._touched):
+            elements = sum(self._live.plan.written[param] for param in unit.params)
+            of_unit = elements * self._dtype.itemsize
+            if not loads or size + of_unit > LOAD_BYTES:
                 loads.append([])
                 size = 0
-            loads[-1] += names
-            size += of_layer
+            loads[-1] += sorted(unit.names)
+            size += of_unit
         return loads
 
     def _names_through_loader(self) -> list[str]:
-        return sorted(
-            {n for layer in self._layers_through_loader() for n in self._live.names_through_loader(layer)}
-        )
+        return sorted({n for unit in self._live.units_of(self._touched) for n in unit.names})
 
 
 class _Mixed:

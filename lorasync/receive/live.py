@@ -1,27 +1,40 @@
-"""Writing checkpoint tensors into the weights that the engine serves.
+"""The served model, seen through a load plan: what can be written in place, and what has to be loaded anew.
 
 A parameter whose live layout is the one its loader wrote gets its slices copied straight in: no allocation, and
-captured CUDA graphs stay valid. Where the layout differs (quantized, repacked, prepacked for the CPU) the owning
-layer goes through vLLM's layerwise reload, and is never seen half-loaded: until it is complete it keeps its old
-weights.
+captured CUDA graphs stay valid. Where the layout differs (quantized, repacked, prepacked for the CPU) or where a
+loader computes, the whole layer is loaded anew (`reload`), together with every layer that shares a checkpoint tensor
+with it, and none of its parameters is written any other way.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorasync.lent import made
+from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive import vllm_parts
+from lorasync.receive.derived import Derived, derived_elsewhere
 from lorasync.receive.direct import DirectWrites
+from lorasync.receive.recorder import storage_key
+from lorasync.receive.reload import can_be_fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
-    from lorasync.kernels import PendingMerge
-    from lorasync.receive.plan import LoadPlan, Slice
+    from lorasync.receive.plan import LoadPlan
+    from lorasync.receive.windows import Slice
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are loaded anew together, and the checkpoint names that this takes."""
+
+    layers: tuple[str, ...]
+    names: frozenset[str]
+    params: frozenset[str]
 
 
 class LiveModel:
@@ -32,136 +45,158 @@ class LiveModel:
         self.model_config = model_config
         self.plan = plan
         self._layers = _owners(model)
-        self._params = {_without_wrappers(n): p for n, p in model.named_parameters()}
-        self.direct = frozenset(n for n in plan.layouts if self._is_direct(n))
-        self._sharers = _layers_by_storage(model)
-        indirect, needs = defaultdict(list), defaultdict(set)
-        for param in plan.layouts.keys() - self.direct:
-            for name in plan.feeds[param]:
-                indirect[name].append(param)
-                needs[_layer_name(param)].add(name)
-        self._indirect = {name: tuple(params) for name, params in indirect.items()}
-        self._needs = {layer: frozenset(names) for layer, names in needs.items()}
+        self._tensors = _by_name(model)
+        self._unit_of, self.units = self._sorted()
+        loaded_anew = frozenset[str]().union(*(unit.params for unit in self.units))
+        self.direct = frozenset(n for n in plan.layouts if n not in loaded_anew and self._is_direct(n))
+        self._derived = Derived(model, model_config.dtype)
         self.writes = DirectWrites(self)
-        self._on_gpu = any(param.is_cuda for param in self._params.values())
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
         """The window of a direct parameter that a row of the plan writes to."""
-        return target.view(self._params[param].data)
+        return target.view(self._tensors[param].data)
 
-    def layer_of(self, param: str) -> torch.nn.Module:
-        return self._layers[_layer_name(param)]
+    def layer(self, name: str) -> torch.nn.Module:
+        return self._layers[name]
 
-    def indirect_params_fed_by(self, name: str) -> tuple[str, ...]:
-        """The parameters that this checkpoint tensor can reach only through vLLM's loader."""
-        return self._indirect.get(name, ())
+    def unit_of(self, name: str) -> Unit | None:
+        """The layers that this checkpoint tensor can reach only by loading them anew."""
+        return self._unit_of.get(name)
 
-    def names_through_loader(self, layer_name: str) -> frozenset[str]:
-        """Every checkpoint name that the layer needs before it is complete."""
-        return self._needs.get(layer_name, frozenset())
+    def units_of(self, names: Iterable[str]) -> list[Unit]:
+        """The units that these checkpoint tensors reach, each once, in order."""
+        return sorted({unit for name in names if (unit := self.unit_of(name))}, key=lambda unit: unit.layers)
+
+    def copy_to_views(self, param: str, value: torch.Tensor) -> None:
+        """Give what was a view of this parameter, until vLLM packed it, the new values as they were loaded."""
+        for name, window in self.plan.aliases.get(param, ()):
+            view = getattr(self._layers.get(layer_name(name)), name.rpartition(".")[-1], None)
+            live = self._tensors.get(param)
+            if view is not None and (live is None or storage_key(view) != storage_key(live)):
+                view.copy_(window.view(value))
+
+    def refresh(self, params: Iterable[str]) -> None:
+        """After writes: what the engine has derived from these parameters is derived again."""
+        for param in self.plan.aliases.keys() & self.direct & set(params):
+            self.copy_to_views(param, self._tensors[param].data)
+        self._derived.refresh([self._tensors[param] for param in params if param in self._tensors])
+
+    def derive_from(self, layers: Iterable[torch.nn.Module]) -> None:
+        """While the weights of these layers are as they were loaded: what attention layers absorb of them."""
+        self._derived.derive_from(layers)
 
     def _is_direct(self, param: str) -> bool:
-        live, (layout, dtype) = self._params.get(param), self.plan.layouts[param]
+        live, (layout, dtype) = self._tensors.get(param), self.plan.layouts[param]
         if live is None or param in self.plan.computed or live.dtype != dtype:
             return False
         same = tuple(live.shape) == layout.shape and tuple(live.stride()) == layout.stride
-        return same and vllm_parts.is_plain_layer(self.layer_of(param))
+        return same and vllm_parts.is_plain_layer(self.layer(layer_name(param)))
 
-    def refresh(self, params: set[str]) -> None:
-        """After direct writes: layers that keep a packed copy of one of these parameters pack it anew, on a CPU."""
-        if self._on_gpu:
-            return
-        seen: set[int] = set()
-        for param in params:
-            for layer in self._sharers.get(_storage(self._params[param]), ()):
-                if id(layer) not in seen:
-                    seen.add(id(layer))
-                    vllm_parts.repack_for_cpu(layer)
+    def _sorted(self) -> tuple[dict[str, Unit], tuple[Unit, ...]]:
+        """Layers with a parameter that is fed and no plain slice; joined where they share a checkpoint name."""
+        fed: dict[str, set[str]] = defaultdict(set)
+        for param, names in self.plan.feeds.items():
+            if names:
+                fed[layer_name(param)].add(param)
+        needs = {
+            layer: frozenset[str]().union(*(self.plan.feeds[p] for p in params))
+            for layer, params in fed.items()
+            if not all(map(self._is_direct, params))
+        }
+        units = [
+            Unit(tuple(layers), names, frozenset(p for layer in layers for p in fed[layer]))
+            for layers, names in _joined(needs)
+        ]
+        return {name: unit for unit in units for name in unit.names}, tuple(units)
+
+    def check_writable(self) -> None:
+        """Look, before anything is touched, for what a push would leave wrong.
+
+        Raises:
+            MismatchError: if a layer can't be loaded anew, the engine ties what the plan tells apart, or derives what
+                can't be derived again.
+        """
+        wrong = derived_elsewhere(self.model)
+        wrong += [
+            Mismatch(
+                layer,
+                "weights of which vLLM keeps no checkpoint layout",
+                "a layer that can be loaded anew",
+                "Use ServeAdapter, or another version of vLLM (0.26 to 0.33).",
+            )
+            for unit in self.units
+            for layer in unit.layers
+            if layer not in self._layers or not can_be_fresh(self._layers[layer], _own(unit.params, layer))
+        ]
+        wrong += [
+            Mismatch(
+                f"{first} and {second}",
+                "different tensors in the trainer",
+                "one tensor: this engine ties them, as its checkpoint has them alike",
+                "Train them tied, or start the engine from a checkpoint in which they differ.",
+            )
+            for first, second in self.tied_apart()
+        ]
+        if wrong:
+            raise MismatchError("The engine can't take this push; nothing was touched.", wrong)
+
+    def tied_apart(self) -> list[tuple[str, str]]:
+        """Parameters that share storage here, although the plan feeds them from different checkpoint tensors."""
+        seen: dict[int, str] = {}
+        found = []
+        for param, names in self.plan.feeds.items():
+            live = self._tensors.get(param)
+            if not names or live is None or not live.numel():
+                continue
+            first = seen.setdefault(live.data_ptr(), param)
+            if first != param and self.plan.feeds[first] != names:
+                found.append((first, param))
+        return found
 
 
-class LiveWriter:
-    """One pass over the live weights: `write` any number of buckets, then `finish`; or `undo`."""
+def layer_name(param: str) -> str:
+    return param.rpartition(".")[0]
 
-    def __init__(self, live: LiveModel) -> None:
-        self._live = live
-        self._begun: dict[str, torch.nn.Module] = {}
-        self._missing: dict[str, set[str]] = {}
-        self._written: set[str] = set()
-        self.touched = False
 
-    def write(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
-        """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one."""
-        direct = self._live.writes.of(tensors)
-        self.touched |= bool(tensors)
-        direct.write()
-        self._written |= direct.params
-        through_loader = {}
-        for name, given in direct.others.items():
-            tensor = made(given)
-            for row in self._live.plan.rows_of(name):
-                if row.param in self._live.direct:
-                    target = self._live.live_slice(row.param, row.target)
-                    target.copy_(row.source.view(tensor.contiguous()), non_blocking=True)
-                    self._written.add(row.param)
-            if self._live.indirect_params_fed_by(name):
-                through_loader[name] = tensor
-        if through_loader:
-            self._load(through_loader)
+def stands_for(model: torch.nn.Module, params: Mapping[str, int]) -> dict[str, str]:
+    """Of these parameters those that the served model holds only as another one, with which it shares storage."""
+    tensors = _by_name(model)
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and name not in params:
+            first.setdefault(tensor.data_ptr(), name)
+    held = {n: tensors[n] for n in params if n in tensors and tensors[n].numel()}
+    return {n: first[t.data_ptr()] for n, t in held.items() if t.data_ptr() in first}
 
-    def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name in tensors:
-            for param in self._live.indirect_params_fed_by(name):
-                self._begin(param)
-        load: Any = self._live.model.load_weights
-        load(iter(tensors.items()))
-        for name in tensors:
-            for layer_name in {_layer_name(p) for p in self._live.indirect_params_fed_by(name)}:
-                self._missing[layer_name].discard(name)
-                if not self._missing[layer_name] and layer_name in self._begun:
-                    vllm_parts.reload_end(self._begun.pop(layer_name), self._live.model_config)
 
-    def _begin(self, param: str) -> None:
-        layer_name = _layer_name(param)
-        if layer_name not in self._missing:
-            layer = self._live.layer_of(param)
-            self._missing[layer_name] = set(self._live.names_through_loader(layer_name))
-            self._begun[layer_name] = layer
-            vllm_parts.reload_begin(layer)
+def _joined(needs: Mapping[str, frozenset[str]]) -> list[tuple[list[str], frozenset[str]]]:
+    """Layers with the names they need, joined where these meet."""
+    groups: list[tuple[list[str], frozenset[str]]] = []
+    at: dict[str, int] = {}
+    for layer, names in needs.items():
+        met = sorted({at[name] for name in names if name in at})
+        layers, every = [layer], names
+        for index in met:
+            layers, every = groups[index][0] + layers, groups[index][1] | every
+            groups[index] = ([], frozenset())
+        at.update(dict.fromkeys(every, len(groups)))
+        groups.append((layers, every))
+    return [group for group in groups if group[0]]
 
-    def finish(self) -> None:
-        """Repack what is kept packed; every layer must be complete."""
-        assert not self._begun, f"incomplete layers: {sorted(self._begun)}"
-        self._live.refresh(self._written)
 
-    def undo(self) -> None:
-        """Give incomplete layers their old weights back; complete ones keep the new."""
-        for layer in self._begun.values():
-            vllm_parts.reload_undo(layer)
-        self._begun.clear()
-        self._live.refresh(self._written)
+def _own(params: Iterable[str], layer: str) -> list[str]:
+    return [param.rpartition(".")[-1] for param in params if layer_name(param) == layer]
 
 
 def _owners(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Layers by the name that they have without LoRA; of a wrapped layer, the layer inside."""
-    return {_without_wrappers(name): layer for name, layer in model.named_modules()}
+    return {_without_wrappers(name): layer for name, layer in model.named_modules(remove_duplicate=False)}
 
 
-def _layer_name(param: str) -> str:
-    return param.rpartition(".")[0]
+def _by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    params = {_without_wrappers(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    return {_without_wrappers(n): b for n, b in model.named_buffers()} | params
 
 
 def _without_wrappers(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment != "base_layer")
-
-
-def _layers_by_storage(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
-    found: dict[int, list[torch.nn.Module]] = defaultdict(list)
-    for layer in model.modules():
-        for param in layer.parameters(recurse=False):
-            if param.numel():
-                found[_storage(param)].append(layer)
-    return found
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())

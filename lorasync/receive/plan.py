@@ -1,51 +1,25 @@
 """Which slice of which checkpoint tensor lands where in vLLM's parameters, recorded from vLLM's own loader.
 
 A twin of the served model is built on the meta device (no memory) and its `load_weights` is run on meta tensors
-under a dispatch mode that notes each copy instead of doing it. So the plan knows fused and sharded parameters
-of every architecture without a table of ours, and a manifest can be checked without touching the live model.
+under a dispatch mode that notes each copy. So the plan knows fused and sharded parameters of every architecture
+without a table of ours, and a manifest can be checked without touching the live model.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasync.errors import Mismatch, MismatchError
+from lorasync.receive.recorder import Recorder, storage_key
+from lorasync.receive.windows import Row as Row
+from lorasync.receive.windows import Slice, covered, overlap
 
 ManifestEntry = tuple[str, torch.dtype, tuple[int, ...]]
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A strided window of a tensor's storage, in elements."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Slice:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The window over ``tensor``, which must be laid out as the one that the slice was taken of."""
-        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One copy of the loader: ``param[target] = checkpoint[source]``."""
-
-    name: str
-    source: Slice
-    param: str
-    target: Slice
 
 
 @dataclass(frozen=True)
@@ -54,12 +28,19 @@ class LoadPlan:
 
     rows: tuple[Row, ...]
     layouts: dict[str, tuple[Slice, torch.dtype]]
+    """Shape, strides and dtype of every parameter of the engine, and of the buffers that are loaded."""
     feeds: dict[str, frozenset[str]]
-    """For each parameter of the engine, the checkpoint names that go into it."""
+    """For each of these, the checkpoint names that go into it."""
     computed: frozenset[str]
-    """Parameters that get something else than plain slices of checkpoint tensors."""
+    """Those that get something else than plain slices of checkpoint tensors."""
     uncovered: dict[str, int] = field(default_factory=dict)
-    """Parameters that the checkpoint leaves unset, with the number of elements that it does set."""
+    """Those that the checkpoint leaves unset, with the number of elements that it does set."""
+    written: dict[str, int] = field(default_factory=dict)
+    """How many elements the loader writes, each counted once."""
+    ignored: frozenset[str] = frozenset()
+    """Checkpoint names that the engine takes nothing of."""
+    aliases: dict[str, tuple[tuple[str, Slice], ...]] = field(default_factory=dict)
+    """For each parameter what the constructor made as a view of it, with the window that it shows."""
 
     def rows_of(self, name: str) -> tuple[Row, ...]:
         return self._rows_by_name().get(name, ())
@@ -75,23 +56,33 @@ class LoadPlan:
         return cached
 
 
-def record_plan(twin: torch.nn.Module, manifest: Sequence[ManifestEntry], *, ranks: int = 1) -> LoadPlan:
+def record_plan(
+    twin: torch.nn.Module,
+    manifest: Sequence[ManifestEntry],
+    *,
+    ranks: int = 1,
+    may_ignore: Collection[str] = (),
+) -> LoadPlan:
     """Run the loader of ``twin`` (on meta) for ``manifest`` and note where everything goes.
 
-    ``ranks`` is the tensor-parallel size that the twin was built for.
+    Args:
+        twin: The served model on the meta device.
+        manifest: Names, dtypes and shapes of the checkpoint tensors.
+        ranks: The tensor-parallel size that the twin was built for.
+        may_ignore: Names that the engine may take nothing of; the plan lists those as ``ignored``.
 
     Raises:
         MismatchError: with every unknown or duplicate name and every wrong shape, all at once.
     """
     _refuse_duplicates(manifest)
     try:
-        return _record(twin, manifest, ranks)
+        return _record(twin, manifest, ranks, may_ignore)
     except Exception as error:
-        raise _diagnosis(twin, manifest, ranks, error) from error
+        raise _diagnosis(twin, manifest, ranks, may_ignore, error) from error
 
 
-def check_complete(plan: LoadPlan) -> None:
-    """Refuse a manifest that would leave part of the engine unset.
+def check_complete(plan: LoadPlan, only: Collection[str] | None = None) -> None:
+    """Refuse a manifest that would leave part of the engine unset, or (with ``only``) part of these parameters.
 
     vLLM fills such a part from uninitialized memory (a fused layer sent in part) or keeps the old
     weights without a word.
@@ -101,7 +92,9 @@ def check_complete(plan: LoadPlan) -> None:
     """
     gaps = []
     for param, got in sorted(plan.uncovered.items()):
-        total = _numel(plan.layouts[param][0].shape)
+        if only is not None and param not in only:
+            continue
+        total = plan.layouts[param][0].numel
         got_text = f"{got} of its {total} elements" if got else "nothing for it"
         from_ = f" (from {', '.join(sorted(plan.feeds[param]))})" if plan.feeds.get(param) else ""
         gaps.append(
@@ -113,85 +106,83 @@ def check_complete(plan: LoadPlan) -> None:
         raise MismatchError("The push leaves part of the engine's model unset; nothing was touched.", gaps)
 
 
-# ------------------------------------------------------------------------------------------- recording
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes `copy_` from known meta tensors into known parameters, and follows values that are computed."""
-
-    def __init__(self, sources: dict[int, str], params: dict[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sources = sources
-        self.params = params
-        self.derived: dict[int, frozenset[str]] = {}
-        self.keep_alive: list[torch.Tensor] = []
-        self.rows: list[Row] = []
-        self.feeds: dict[str, set[str]] = defaultdict(set)
-        self.computed: set[str] = set()
-        self.covered: dict[str, int] = defaultdict(int)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and _key(args[0]) in self.params:
-            return self._copy(args[0], args[1])
-        if (
-            func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
-            and _key(args[0]) in self.params
-        ):
-            self.covered[self.params[_key(args[0])]] += args[0].numel()
-            return args[0]
-        result = func(*args, **(kwargs or {}))
-        self._follow(args, result)
-        return result
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        if source.numel() not in (1, target.numel()) and source.shape != target.shape:
-            raise ValueError(f"shape {tuple(source.shape)} does not fit {tuple(target.shape)}")
-        param = self.params[_key(target)]
-        self.covered[param] += target.numel()
-        name = self.sources.get(_key(source))
-        if name is not None and source.shape == target.shape:
-            self.rows.append(Row(name, Slice.of(source), param, Slice.of(target)))
-            self.feeds[param].add(name)
-        else:
-            self.computed.add(param)
-            self.feeds[param] |= self._origin(source)
-        return target
-
-    def _origin(self, tensor: torch.Tensor) -> frozenset[str]:
-        key = _key(tensor)
-        return frozenset({self.sources[key]}) if key in self.sources else self.derived.get(key, frozenset())
-
-    def _follow(self, args: Any, result: Any) -> None:
-        """Remember which checkpoint tensors a computed tensor (a cast, a concatenation) was made of."""
-        origins = frozenset().union(*(self._origin(a) for a in _tensors(args))) if args else frozenset()
-        if not origins:
-            return
-        for out in _tensors([result]):
-            if _key(out) not in self.sources and _key(out) not in self.params:
-                self.derived[_key(out)] = self.derived.get(_key(out), frozenset()) | origins
-                self.keep_alive.append(out)
-
-
-def _record(twin: torch.nn.Module, manifest: Sequence[ManifestEntry], ranks: int) -> LoadPlan:
+def _record(
+    twin: torch.nn.Module, manifest: Sequence[ManifestEntry], ranks: int, may_ignore: Collection[str]
+) -> LoadPlan:
     params = dict(twin.named_parameters())
+    targets = {n: b for n, b in twin.named_buffers() if b.is_meta} | params
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in manifest}
-    recorder = _Recorder({_key(t): n for n, t in tensors.items()}, {_key(p): n for n, p in params.items()})
+    recorder = Recorder(tensors, targets)
+    layouts = {n: (Slice.of(t), t.dtype) for n, t in targets.items()}
     load: LoadWeights = twin.load_weights  # type: ignore[assignment]
     with torch.no_grad(), recorder:
         load(iter(tensors.items()))
-    _check_all_used(recorder, tensors, ranks)
-    covered = {n: recorder.covered[n] for n in params}
+    recorder.replaced()
+    ignored = _check_all_used(recorder, tensors, ranks, may_ignore)
+    _check_written_once(recorder)
+    # Of the buffers only those that are loaded: the others are what the constructor made them.
+    known = params.keys() | recorder.windows.keys()
+    written = {n: covered(recorder.windows.get(n, ())) for n in known}
     return LoadPlan(
         rows=tuple(recorder.rows),
-        layouts={n: (Slice.of(p), p.dtype) for n, p in params.items()},
-        feeds={n: frozenset(recorder.feeds[n]) for n in params},
+        layouts={n: layouts[n] for n in known},
+        feeds={n: frozenset(recorder.feeds.get(n, ())) for n in known},
         computed=frozenset(recorder.computed),
-        uncovered={
-            n: c
-            for n, c in covered.items()
-            if c < params[n].numel() and n.rsplit(".", 1)[-1] not in _OPTIONAL
-        },
+        uncovered={n: c for n, c in written.items() if c < _needed(n, targets[n])},
+        written=written,
+        ignored=ignored,
+        aliases=_aliases(twin, params),
     )
+
+
+def _aliases(
+    twin: torch.nn.Module, params: dict[str, torch.nn.Parameter]
+) -> dict[str, tuple[tuple[str, Slice], ...]]:
+    """A convolution's weight in another shape, for one: where vLLM packs the weight, the view keeps the old memory."""
+    names = {storage_key(param): name for name, param in params.items()}
+    found: dict[str, list[tuple[str, Slice]]] = defaultdict(list)
+    for path, module in twin.named_modules():
+        for attr, tensor in [*module._buffers.items(), *vars(module).items()]:
+            param = names.get(storage_key(tensor)) if isinstance(tensor, torch.Tensor) else None
+            if param is not None:
+                found[param].append((f"{path}.{attr}", Slice.of(tensor)))
+    return {param: tuple(views) for param, views in found.items()}
+
+
+def _needed(name: str, tensor: torch.Tensor) -> int:
+    """How many elements a checkpoint has to set; vLLM says where a weight is larger than that (padded experts)."""
+    if name.rpartition(".")[-1] in _OPTIONAL:
+        return 0
+    return min(int(getattr(tensor, "weight_loader_numel", tensor.numel())), tensor.numel())
+
+
+def _check_written_once(recorder: Recorder) -> None:
+    """Two checkpoint tensors for the same elements: the last to come would win, without a word."""
+    by_param: dict[str, list[Row]] = defaultdict(list)
+    for row in recorder.rows:
+        by_param[row.param].append(row)
+    wrong = []
+    for param, rows in by_param.items():
+        if param.rpartition(".")[-1] in _OPTIONAL or _is_disjoint(rows):
+            continue
+        names = _names_that_meet(rows)
+        if names:
+            got = f"both {' and '.join(names)} for the same elements"
+            wrong.append(Mismatch(param, got, "one tensor for each", "Send one of them only."))
+    if wrong:
+        raise MismatchError("Some weights of the engine would be written twice; nothing was touched.", wrong)
+
+
+def _is_disjoint(rows: Sequence[Row]) -> bool:
+    return len(rows) == 1 or covered(r.target for r in rows) == sum(r.target.numel for r in rows)
+
+
+def _names_that_meet(rows: Sequence[Row]) -> list[str]:
+    for index, left in enumerate(rows):
+        for right in rows[index + 1 :]:
+            if left.name != right.name and overlap(left.target, right.target):
+                return [left.name, right.name]
+    return []
 
 
 _OPTIONAL = frozenset(
@@ -200,46 +191,78 @@ _OPTIONAL = frozenset(
 """Parameters that a checkpoint may leave at their defaults: scales of quantized engines and KV caches."""
 
 
-def _check_all_used(recorder: _Recorder, tensors: dict[str, torch.Tensor], ranks: int) -> None:
+def _check_all_used(
+    recorder: Recorder, tensors: dict[str, torch.Tensor], ranks: int, may_ignore: Collection[str]
+) -> frozenset[str]:
     """A loader that narrows a too large tensor takes a part of it without a word: every element must be used.
 
-    Each of ``ranks`` tensor-parallel ranks may take its share, so at least that share must be seen here.
+    Each of ``ranks`` tensor-parallel ranks may take its share, so at least that share must be seen here. Returns
+    what is not used at all, and may be.
     """
     used: dict[str, int] = defaultdict(int)
     for row in recorder.rows:
-        used[row.name] += _numel(row.source.shape)
+        used[row.name] += row.source.numel
     computed = {n for param in recorder.computed for n in recorder.feeds[param]}
-    wrong = []
+    wrong, ignored = [], set()
     for name, tensor in tensors.items():
         if name in computed:
             continue
         if name not in used:
-            wrong.append(
-                Mismatch(name, "a tensor that this engine ignores", "only what it loads", "Leave it out.")
-            )
+            ignored.add(name)
         elif used[name] * ranks < tensor.numel():
             got = f"shape {tuple(tensor.shape)}, of which the engine takes {used[name]} elements"
             wrong.append(
                 Mismatch(name, got, "a tensor that it takes whole", "Is this the model that was trained?")
             )
+    wrong += _ignored(sorted(ignored - set(may_ignore)), tensors)
     if wrong:
         raise MismatchError("Some tensors would be dropped or cut by the engine; nothing was touched.", wrong)
+    return frozenset(ignored)
+
+
+def _ignored(names: Sequence[str], all_names: Collection[str]) -> list[Mismatch]:
+    """One mismatch for each branch of the model that the engine takes nothing of (the tower of a text-only engine)."""
+    branches: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        branches[_branch(name, set(names), all_names)].append(name)
+    wrong = []
+    for branch, members in branches.items():
+        more = f" ({len(members)} tensors, {members[0]} for one)" if len(members) > 1 else ""
+        fix = f"Leave it out: MergedSource(model, exclude=[{branch!r}])."
+        wrong.append(Mismatch(branch, f"what this engine ignores{more}", "only what it loads", fix))
+    return wrong
+
+
+def _branch(name: str, ignored: Collection[str], all_names: Collection[str]) -> str:
+    """The shortest pattern of names for all that is ignored beside this one, and for nothing else."""
+    path = name.split(".")
+    for depth in range(1, len(path)):
+        prefix = ".".join(path[:depth]) + "."
+        if all(other in ignored for other in all_names if other.startswith(prefix)):
+            return f"{prefix}*"
+    return name
 
 
 def _diagnosis(
-    twin: torch.nn.Module, manifest: Sequence[ManifestEntry], ranks: int, error: Exception
+    twin: torch.nn.Module,
+    manifest: Sequence[ManifestEntry],
+    ranks: int,
+    may_ignore: Collection[str],
+    error: Exception,
 ) -> MismatchError:
     """Try the names one by one, so that all that are wrong are named and not only the first."""
     if isinstance(error, MismatchError):
         return error
     wrong: list[Mismatch] = []
+    ignored: set[str] = set()
     for entry in manifest:
         try:
-            _record(twin, [entry], ranks)
-        except MismatchError as ignored:
-            wrong.extend(ignored.mismatches)
+            ignored |= _record(twin, [entry], ranks, [entry[0]]).ignored
+        except MismatchError as found:
+            wrong.extend(found.mismatches)
         except Exception as cause:
             wrong.append(_mismatch(entry, cause))
+    wrong += _ignored(sorted(ignored - set(may_ignore)), [name for name, _, _ in manifest])
     if not wrong:
         wrong = [
             Mismatch(
@@ -277,21 +300,3 @@ def _refuse_duplicates(manifest: Sequence[ManifestEntry]) -> None:
                 for n in twice
             ],
         )
-
-
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(_tensors(value))
-    return found
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

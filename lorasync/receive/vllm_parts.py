@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorasync.errors import UnmergeableError
+from lorasync.receive.twin import build_twin as build_twin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-
-def build_twin(vllm_config: Any) -> torch.nn.Module:
-    """The served model once more, on the meta device: same parameters, no memory, vLLM's own loaders.
-
-    Of an engine that quantizes what it loads (fp8 from a 16-bit checkpoint) it is the model before that: those loaders
-    would start kernels as soon as a layer is complete, which nothing on the meta device can.
-    """
-    twin = _initialized(vllm_config, quantized=True)
-    quantizes = any(
-        getattr(getattr(layer, "quant_method", None), "uses_meta_device", False) for layer in twin.modules()
-    )
-    return _initialized(vllm_config, quantized=False) if quantizes else twin
-
-
-def _initialized(vllm_config: Any, *, quantized: bool) -> torch.nn.Module:
-    """Attention layers register themselves by name in the compilation config, so the twin gets a config of its own."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.utils import initialize_model
-
-    config = copy.copy(vllm_config)
-    config.compilation_config = copy.copy(vllm_config.compilation_config)
-    config.compilation_config.static_forward_context = {}
-    config.quant_config = vllm_config.quant_config if quantized else None
-    for registry in ("static_all_moe_layers",):  # absent in old versions
-        if hasattr(config.compilation_config, registry):
-            setattr(config.compilation_config, registry, [])
-    with (
-        set_current_vllm_config(config),
-        _default_dtype(vllm_config.model_config.dtype),
-        torch.device("meta"),
-    ):
-        twin: torch.nn.Module = initialize_model(vllm_config=config)
-    return twin
 
 
 def is_plain_layer(layer: torch.nn.Module) -> bool:
@@ -53,8 +19,25 @@ def is_plain_layer(layer: torch.nn.Module) -> bool:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+    if hasattr(layer, "_cpu_unpacked_conv_weight"):  # a convolution's weight is packed where it lies
+        return False
     method = getattr(layer, "quant_method", None)
     return method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+
+
+def is_attention(layer: torch.nn.Module) -> bool:
+    """Whether it is an attention layer that vLLM processes after all others."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
+
+
+def is_plain_attention(layer: torch.nn.Module) -> bool:
+    """Whether the layer itself derives nothing from weights; its backend may."""
+    from vllm.model_executor.layers.attention import Attention
+
+    own = type(layer).process_weights_after_loading  # type: ignore[attr-defined]
+    return own is Attention.process_weights_after_loading
 
 
 def repack_for_cpu(layer: torch.nn.Module) -> None:
@@ -62,41 +45,6 @@ def repack_for_cpu(layer: torch.nn.Module) -> None:
     held: Any = layer
     if hasattr(held, "cpu_linear") and held.weight.numel():
         held.quant_method.process_weights_after_loading(held)
-
-
-def reload_begin(layer: torch.nn.Module) -> None:
-    """Put one layer on meta and let its loaders wait until it is complete."""
-    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
-
-    initialize_layerwise_reload(layer)
-
-
-def reload_end(layer: torch.nn.Module, model_config: Any) -> None:
-    """Process what was loaded into the layer and copy it into the storage that it had before."""
-    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
-
-    finalize_layerwise_reload(layer, model_config)
-    _prepack_experts_for_cpu(layer)
-
-
-def _prepack_experts_for_cpu(layer: torch.nn.Module) -> None:
-    """On a CPU vLLM packs experts when their kernel is first set up, and not again after a reload (read in 0.32)."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    held: Any = layer
-    method: Any = getattr(layer, "quant_method", None)
-    if type(method) is UnquantizedFusedMoEMethod and held.w13_weight.device.type == "cpu":
-        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def reload_undo(layer: torch.nn.Module) -> None:
-    """Give a layer that is not complete its old weights back."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    info = layerwise.get_layerwise_info(layer)
-    if info.can_load() and info.kernel_tensors is not None:
-        layerwise._place_kernel_tensors(layer, info)
-    info.reset()
 
 
 @contextmanager
@@ -121,16 +69,6 @@ def wait_for_stream(device: torch.device) -> None:
     """Wait until what this thread has launched is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 # -------------------------------------------------------------------------------------------- LoRA slots

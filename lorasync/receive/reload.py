@@ -1,0 +1,199 @@
+"""Loading layers anew: fresh memory in the checkpoint's layout, vLLM's loader and processing, then the old storage.
+
+VLLM's own layerwise reload wraps weight loaders: a model that copies into its parameters itself (gpt-oss, and others)
+passes it by, and the layer keeps its old weights without an error; a layer's parameters that were not loaded are left
+as uninitialized memory. Here loaders write into real parameters, as when the engine starts, and each element is counted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorasync.errors import Mismatch, MismatchError
+from lorasync.receive.recorder import Writes
+from lorasync.receive.windows import covered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+
+class FreshLayer:
+    """One layer, whose own parameters (not those of its children) are fresh until it is closed.
+
+    Buffers, and what vLLM never reloads (biases), stay where they are: loaders write to them in place.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.layer = layer
+        self._kernel = {n: p for n, p in layer._parameters.items() if p is not None}
+        self._buffers = {n: b for n, b in layer._buffers.items() if b is not None}
+        fresh = dict(_fresh_parameters(layer))
+        for name in self._kernel.keys() - _stay() - fresh.keys():
+            del layer._parameters[name]
+        for name, param in fresh.items():
+            _register(layer, name, param)
+
+    def process(self) -> None:
+        """Quantize and repack, as vLLM does after loading."""
+        held: Any = self.layer
+        if hasattr(held, "_already_called_process_weights_after_loading"):
+            del held._already_called_process_weights_after_loading
+        method = _quant_method(self.layer)
+        if method is None:
+            return
+        in_place(held, lambda: method.process_weights_after_loading(held))
+        _prepack_experts_for_cpu(held)
+        if hasattr(held, "update_param_tp_status"):
+            held.update_param_tp_status()
+
+    def check(self, name: str) -> None:
+        """Say, before anything is overwritten, whether what was made fits where it has to go.
+
+        Raises:
+            MismatchError: naming the parameters that don't.
+        """
+        wrong = [
+            Mismatch(
+                f"{name}.{n}",
+                _layout(self.layer._parameters.get(n)),
+                _layout(old),
+                "vLLM made another layout of it than when the engine started: restart the engine, and report this.",
+            )
+            for n, old in self._kernel.items()
+            if _layout(self.layer._parameters.get(n)) != _layout(old)
+        ]
+        if wrong:
+            raise MismatchError("A layer can't be loaded anew; it keeps its old weights.", wrong)
+
+    @torch.no_grad()
+    def close(self, *, keep: bool) -> None:
+        """Put the old parameters back, with the new values in them if these are to be kept."""
+        for name, old in self._kernel.items():
+            new = self.layer._parameters.get(name)
+            if keep and new is not None and new is not old:
+                old.data.copy_(new.data)
+        for name, buffer in self._buffers.items():
+            made = self.layer._buffers.get(name)
+            if keep and made is not None and made is not buffer:
+                buffer.copy_(made)
+        self.layer._parameters.clear()
+        for name, old in self._kernel.items():
+            _register(self.layer, name, old)
+        self.layer._buffers.update(self._buffers)
+
+
+def load_counted(
+    load: Callable[[Iterator[tuple[str, torch.Tensor]]], object],
+    tensors: Mapping[str, torch.Tensor],
+    layers: Mapping[str, torch.nn.Module],
+    expected: Mapping[str, int],
+) -> None:
+    """Let vLLM's loader load tensors, and compare what it wrote to the own parameters of these layers.
+
+    Args:
+        load: The model's ``load_weights``.
+        tensors: Checkpoint tensors by name.
+        layers: The layers by name.
+        expected: For each of their parameters, the elements that have to be written.
+
+    Raises:
+        MismatchError: naming every parameter that got fewer or more elements.
+    """
+    targets = {f"{n}.{p}": t for n, layer in layers.items() for p, t in _own_tensors(layer)}
+    with torch.no_grad(), Writes(targets) as writes:
+        load(iter(tensors.items()))
+    # A tensor that was replaced is another one now.
+    writes.targets = {f"{n}.{p}": t for n, layer in layers.items() for p, t in _own_tensors(layer)}
+    writes.replaced()
+    wrong = []
+    for name, elements in expected.items():
+        found = covered(writes.windows.get(name, ()))
+        if found != elements:
+            fix = "VLLM's loader left it out or wrote something else: restart the engine, and report this."
+            wrong.append(Mismatch(name, f"{found} elements loaded", str(elements), fix))
+    if wrong:
+        raise MismatchError("A layer was not loaded as the load plan says.", wrong)
+
+
+def in_place(held: Any, run: Callable[[], object]) -> None:
+    """Run what may give ``held`` other tensors, and leave those of the same layout where they were: graphs read there."""
+    before = {n: t for n, t in vars(held).items() if isinstance(t, torch.Tensor)}
+    run()
+    with torch.no_grad():
+        for name, old in before.items():
+            new = vars(held).get(name)
+            if (
+                new is not None
+                and new is not old
+                and isinstance(new, torch.Tensor)
+                and _layout(new) == _layout(old)
+            ):
+                old.copy_(new)
+                vars(held)[name] = old
+
+
+def can_be_fresh(layer: torch.nn.Module, params: Sequence[str]) -> bool:
+    """Whether vLLM has kept what these parameters of a layer looked like before they were processed."""
+    recorded = _recorded(layer)[0]
+    return all(name in recorded or name in _stay() for name in params)
+
+
+def _fresh_parameters(layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    from vllm.model_executor.model_loader.reload import layerwise, meta, sanitize
+
+    recorded, device = _recorded(layer)
+    for name, param in recorded.items():
+        if name in _stay():
+            continue
+        with torch.device(device):
+            made: Any = meta.materialize_meta_tensor(param)
+        made.zero_()  # padding is not loaded
+        sanitize.restore_layer_refs(made, layer)
+        if hasattr(made, "weight_loader"):
+            made.weight_loader = layerwise._get_original_loader(made)
+        yield name, made
+
+
+def _recorded(layer: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.device]:
+    """What the constructor made of a layer, on meta, and the device that it was for."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.get_layerwise_info(layer)
+    return info.restore_metadata[0], info.restore_device
+
+
+def _stay() -> frozenset[str]:
+    from vllm.model_executor.model_loader.reload import meta
+
+    return frozenset(getattr(meta, "SKIP_TENSORS", ()))
+
+
+def _register(layer: torch.nn.Module, name: str, param: Any) -> None:
+    layer._parameters[name] = param
+
+
+def _own_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((n, p) for n, p in layer._parameters.items() if p is not None)
+    yield from ((n, b) for n, b in layer._buffers.items() if b is not None)
+
+
+def _quant_method(layer: torch.nn.Module) -> Any:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def _prepack_experts_for_cpu(layer: Any) -> None:
+    """On a CPU vLLM packs experts when their kernel is first set up, and not again after a reload (read in 0.32)."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    method: Any = layer.quant_method
+    if isinstance(method, UnquantizedFusedMoEMethod) and layer.w13_weight.device.type == "cpu":
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _layout(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
