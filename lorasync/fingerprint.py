@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SAMPLES = 32
+PIECE_SAMPLES = 8
+"""Of each piece where a checkpoint stores many of one weight (an expert each): together they are more than enough."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,15 @@ from lorasync.errors import (
 from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.receive import vllm_parts
 from lorasync.receive.base import CheckpointBases
+from lorasync.receive.edits import ways_to_merge
+from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.identity import check_base
 from lorasync.receive.live import LiveModel
 from lorasync.receive.plan import Row, record_plan
+from lorasync.receive.restore import fed_by
+from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import Staging, parsed
+from lorasync.receive.twin import build_twin
 from lorasync.source.factors import FactorSpec
 from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
 
@@ -45,6 +50,7 @@ class AdapterApplier:
         _check_rank(self._spec, engine.vllm_config.lora_config.max_lora_rank)
         self._helper = vllm_parts.peft_helper(self._spec.config, engine.vllm_config.lora_config)
         self._check_modules([name for name, _, _ in manifest])
+        self._notes: list[str] = []
         if not parsed(bool, wanted, "other_base"):
             self._check_base(parsed(samples_from_json, wanted, "samples"))
         self._staging = Staging(
@@ -59,9 +65,13 @@ class AdapterApplier:
 
     def describe(self) -> dict[str, Any]:
         held = self._current > 0
-        others = len(self._manager.list_adapters()) - len(self._ours())
-        capacity = int(self._manager.capacity)
-        return {"modules": len(self._spec.modules), "capacity": capacity, "held": held, "others": others}
+        return {
+            "modules": len(self._spec.modules),
+            "capacity": int(self._manager.capacity),
+            "held": held,
+            "others": len(self._manager.list_adapters()) - len(self._ours()),
+            "notes": self._notes,
+        }
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self._staging.add(tensors)
@@ -174,25 +184,41 @@ class AdapterApplier:
         dtype: torch.dtype = self._engine.model_config.dtype
         manifest = [(name, dtype, sample.shape) for name, sample in samples.items()]
         ranks = int(self._engine.vllm_config.parallel_config.tensor_parallel_size)
-        plan = record_plan(vllm_parts.build_twin(self._engine.vllm_config), manifest, ranks=ranks)
+        twin = build_twin(self._engine.vllm_config)
+        refuse_quantized(self._engine.vllm_config, twin, what="the weights that were trained on")
+        may_ignore = may_be_ignored(list(samples), {m.weight for m in self._spec.modules})
+        plan = record_plan(twin, manifest, ranks=ranks, may_ignore=may_ignore)
+        self._notes = ignored_notes(plan)
         live = LiveModel(self._engine.model, self._engine.model_config, plan)
         checkpoint = CheckpointBases(self._engine.model_config, dtype)
+        changed = self._engine.changed
 
         def read(row: Row) -> torch.Tensor:
             if row.param in live.direct:
-                return live.live_slice(row.param, row.target)
-            if self._engine.weights_pushed:
-                raise SyncError(
-                    f"{row.param}: the engine serves weights of an earlier push and can't read them back (packed), "
-                    "expected the base that was trained on. Restart the engine, or use MergeInWorker or MergedSource."
-                )
-            return row.source.view(checkpoint.whole(row.name))
+                part = live.live_slice(row.param, row.target)
+                if row.param not in changed or torch.equal(part.cpu(), checkpoint.part(row)):
+                    return part
+            _refuse_changed({row.param} & changed)
+            return checkpoint.part(row)
+
+        def read_whole(name: str) -> torch.Tensor:
+            _refuse_changed(fed_by(plan, [name]) & changed)
+            return checkpoint.whole(name)
 
         fix = (
             "On another base the adapter is another policy: use MergedSource, or MergeInWorker(base='nf4') for a QLoRA "
             "policy, or accept it with ServeAdapter(..., other_base=True)."
         )
-        check_base(samples, plan, read, dtype, fix=fix)
+        check_base(samples, plan, read, dtype, fix=fix, read_whole=read_whole)
+
+
+def _refuse_changed(params: Collection[str]) -> None:
+    """Whether these hold the base is not known, whatever the checkpoint says: earlier pushes have written them."""
+    for param in sorted(params):
+        raise SyncError(
+            f"{param}: the engine serves weights of an earlier push, expected the base that was trained on. Restart the "
+            "engine, or use MergeInWorker or MergedSource."
+        )
 
 
 def _manager_of(engine: WorkerEngine, spec: FactorSpec) -> Any:
@@ -234,5 +260,5 @@ def _refuse_what_slots_cannot_hold(spec: FactorSpec) -> None:
         raise UnmergeableError(
             "vLLM's LoRA slots can't hold this adapter: "
             + "; ".join(problems[:8])
-            + ". Use MergedSource or MergeInWorker."
+            + f". Use {ways_to_merge(spec)}."
         )

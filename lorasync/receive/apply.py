@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
-from lorasync.receive import vllm_parts
 from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.factors import FactorApplier
 from lorasync.receive.live import LiveModel, stands_for
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
+from lorasync.receive.served import refuse_quantized, refuse_split_models
 from lorasync.receive.staging import BucketCheck, parsed
+from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
 from lorasync.wire import Control, dtype_name, manifest_from_text
 
@@ -61,6 +62,7 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
         "merge": lambda: FactorApplier(control, engine, wanted),
         "adapter": lambda: AdapterApplier(control, engine, wanted),
     }
+    refuse_split_models(engine.vllm_config)
     kind = str(wanted.get("kind")) if isinstance(wanted, dict) else type(wanted).__name__
     if kind not in kinds:
         raise SyncError(f"apply: got {kind!r}, expected one of {', '.join(kinds)}. Versions differ.")
@@ -75,12 +77,15 @@ class LoadApplier:
     def __init__(self, control: Control, engine: WorkerEngine) -> None:
         manifest = manifest_from_text(control.manifest)
         ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
-        plan = record_plan(vllm_parts.build_twin(engine.vllm_config), manifest, ranks=ranks)
+        twin = build_twin(engine.vllm_config)
+        refuse_quantized(engine.vllm_config, twin, what="merged weights")
+        plan = record_plan(twin, manifest, ranks=ranks)
         check_complete(plan, plan.uncovered.keys() - stands_for(engine.model, plan.uncovered).keys())
         _refuse_narrowing(plan, manifest)
         self._expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self._live = LiveModel(engine.model, engine.model_config, plan)
         self._live.check_writable()
+        self._changed = engine.changed
         self._pass: LiveWriter | None = None
         self._received: set[str] = set()
         self._check = BucketCheck()
@@ -96,6 +101,7 @@ class LoadApplier:
         self._check(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)
+            self._changed |= self._live.plan.layouts.keys()
         self._pass.write(tensors)
         self._received |= tensors.keys()
         return {"received": len(self._received)}

@@ -15,7 +15,7 @@ from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from lorasync.receive.live import LiveModel
     from lorasync.receive.plan import ManifestEntry, Row
@@ -62,16 +62,20 @@ class CopiedBases:
         self._rectangles: dict[Row, torch.Tensor] = {}
         self._whole: dict[str, torch.Tensor] = {}
 
-    def keep(self, live: LiveModel, rows: Iterable[Row]) -> None:
-        """Copy what the rows name out of the live weights, unless it has been copied before."""
+    def keep(self, live: LiveModel, rows: Iterable[Row], changed: Collection[str]) -> None:
+        """Copy what the rows name, unless it has been copied before: out of the live weights, or where pushes have changed
+        these (``changed``, by parameter) out of the checkpoint.
+        """
         for row in rows:
             if row not in self._rectangles:
-                self._rectangles[row] = self._own(live.live_slice(row.param, row.target))
+                pristine = row.param not in changed
+                base = live.live_slice(row.param, row.target) if pristine else self._checkpoint.part(row)
+                self._rectangles[row] = self._own(base)
 
     def keep_whole(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._whole:
-                self._whole[name] = self._own(self._checkpoint.whole(name))
+                self._whole[name] = self._own(self._checkpoint.stored(name))
 
     def kept(self, row: Row) -> torch.Tensor | None:
         """The copy that an earlier session has taken of this row, if any."""
@@ -81,7 +85,11 @@ class CopiedBases:
         return PlainBase(self._rectangles[row])
 
     def whole(self, name: str) -> torch.Tensor:
-        return self._whole[name]
+        return self._checkpoint.as_served(self.stored(name))
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A whole tensor as the checkpoint has it, kept or read."""
+        return self._whole[name] if name in self._whole else self._checkpoint.stored(name)
 
     def nbytes(self) -> int:
         """Bytes that the copies take."""
@@ -103,10 +111,25 @@ class CheckpointBases:
         self._found: dict[str, Path] | None = None
 
     def rectangle(self, row: Row) -> Base:
-        return PlainBase(row.source.view(self.whole(row.name)))
+        return PlainBase(self.part(row))
+
+    def part(self, row: Row) -> torch.Tensor:
+        """What a row of the load plan reads."""
+        return row.source.view(self.whole(row.name))
 
     def whole(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint in the dtype that the engine serves.
+
+        Raises:
+            SyncError: if the checkpoint has no safetensors files here, or not this name.
+        """
+        return self.as_served(self.stored(name))
+
+    def as_served(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint as vLLM's loader gets it.
 
         Raises:
             SyncError: if the checkpoint has no safetensors files here, or not this name.
@@ -118,7 +141,7 @@ class CheckpointBases:
             )
         with safe_open(files[name], "pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return tensor
 
     def manifest(self) -> list[ManifestEntry]:
         """Names, dtypes and shapes of the whole checkpoint, from the headers alone."""
@@ -205,6 +228,21 @@ def _packed_bases(
         )
 
 
+class MixedBases:
+    """The trainer's packed weights where there are some, the engine's checkpoint for everything else."""
+
+    def __init__(self, packed: PackedBases, checkpoint: CheckpointBases) -> None:
+        self._packed = packed
+        self._checkpoint = checkpoint
+        self.packed_names = packed.names
+
+    def rectangle(self, row: Row) -> Base:
+        return (self._packed if row.name in self.packed_names else self._checkpoint).rectangle(row)
+
+    def whole(self, name: str) -> torch.Tensor:
+        return (self._packed if name in self.packed_names else self._checkpoint).whole(name)
+
+
 def _quant_state(packed: torch.Tensor) -> dict[str, Any]:
     import json
 
@@ -231,6 +269,7 @@ __all__ = [
     "Bases",
     "CheckpointBases",
     "CopiedBases",
+    "MixedBases",
     "PackedBases",
     "Rectangle",
     "dtype_name",

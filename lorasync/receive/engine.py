@@ -30,6 +30,7 @@ from lorasync.layout import check_layout
 from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
+from lorasync.receive.served import changed_at_start, notes_of
 from lorasync.same_gpu import Openings, gpu_of
 from lorasync.version import __version__
 from lorasync.wire import (
@@ -73,6 +74,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self.version = 0
         self.closed = ""
         self.weights_pushed = False
+        self.changed: set[str] = changed_at_start(vllm_config, model)
+        """Parameters that are, or may be, something else than the checkpoint's; it outlives sessions."""
         self._gpu = Openings(device)
         self._here = False  # the trainer is in this process, and waits for the device itself
         self._copies: dict[str, CopiedBases] = {}
@@ -157,7 +160,9 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         box = Mailbox.open(control.mailbox)
         if box is not None:
             self._mailboxes[control.session] = box
-        return {**self._applier.describe(), "gpu": gpu_of(self.device), "dtypes": self._dtypes()}
+        described = self._applier.describe()
+        notes = [*notes_of(self.vllm_config), *described.get("notes", ())]
+        return {**described, "notes": notes, "gpu": gpu_of(self.device), "dtypes": self._dtypes()}
 
     def _dtypes(self) -> dict[str, str]:
         """What weights and LoRA slots are served in."""

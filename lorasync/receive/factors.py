@@ -13,21 +13,34 @@ from lorasync.fingerprint import WeightSample
 from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.kernels import Base, GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
-from lorasync.receive import vllm_parts
-from lorasync.receive.base import Bases, CheckpointBases, CopiedBases, PackedBases, Rectangle, is_rectangle
-from lorasync.receive.identity import Read, check_base
+from lorasync.receive.base import (
+    Bases,
+    CheckpointBases,
+    CopiedBases,
+    MixedBases,
+    PackedBases,
+    Rectangle,
+    is_rectangle,
+)
+from lorasync.receive.edits import edits_by_weight, refuse_not_mergeable
+from lorasync.receive.frozen import ignored_notes, may_be_ignored
+from lorasync.receive.identity import check_base, differences
 from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import ManifestEntry, Row, record_plan
+from lorasync.receive.plan import ManifestEntry, Row, check_complete, record_plan
+from lorasync.receive.restore import Restore, fed_by, loads
+from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.streamed import StreamedMerges, buffer_for
+from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
-from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
+from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorasync.receive.engine import WorkerEngine
 
-Edit = FactorModule | FactorBias | FactorRows | FactorSaved
 Factors = Mapping[str, torch.Tensor]
 LOAD_BYTES = 32 << 20
 """Merged weights that wait for vLLM's loader at once, if a single layer has not more."""
@@ -44,12 +57,17 @@ class FactorApplier:
         self._kind = parsed(str, wanted, "base")
         self._device = engine.device
         self._dtype: torch.dtype = engine.model_config.dtype
-        self._edits = _edits_by_weight(self._spec)
-        _refuse_what_needs_another_strategy(self._spec)
+        self._edits = edits_by_weight(self._spec)
+        refuse_not_mergeable(self._spec)
         self._staging = Staging(manifest_from_text(control.manifest), engine.device)
         ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
-        plan = record_plan(vllm_parts.build_twin(engine.vllm_config), self._base_manifest(), ranks=ranks)
+        twin = build_twin(engine.vllm_config)
+        refuse_quantized(engine.vllm_config, twin, what="factors")
+        manifest = self._base_manifest()
+        may_ignore = may_be_ignored([name for name, _, _ in manifest], self._edits)
+        plan = record_plan(twin, manifest, ranks=ranks, may_ignore=may_ignore)
         self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._live.check_writable()
         self._checkpoint = CheckpointBases(engine.model_config, self._dtype)
         self._touched = sorted(self._edits)
         self._packed_parts: dict[str, torch.Tensor] = {}
@@ -60,13 +78,16 @@ class FactorApplier:
         # By the identity of the factors, which are kept with it: their memory is used again.
         self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
         self._check_dora(ranks)
+        self._changed = engine.changed  # the engine's own set: it outlives this connection
+        self._foreign = self._found_changed()
         self._bases: Bases = self._find_bases(engine)
         self._plan_rows()
 
     # ----------------------------------------------------------------------------------- the four verbs
 
     def describe(self) -> dict[str, Any]:
-        return {"touched": len(self._touched), "needs_base": self._kind == "nf4"}
+        notes = ignored_notes(self._live.plan)
+        return {"touched": len(self._touched), "needs_base": self._kind == "nf4", "notes": notes}
 
     def receive(self, tensors: Factors) -> dict[str, Any]:
         self._staging.add(tensors)
@@ -83,6 +104,7 @@ class FactorApplier:
         staged = self._staging.take(version)
         self._complete_base()
         try:
+            self._restore_the_rest()
             self._apply(staged)
         except BaseException:
             self._torn = True
@@ -95,6 +117,7 @@ class FactorApplier:
         if self._previous is not None:
             self._staging.give_back(self._previous)
         self._previous, self._served = self._served, staged
+        self._changed.intersection_update(self._own)
         return {}
 
     def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
@@ -133,20 +156,58 @@ class FactorApplier:
             )
         return list(found.values())
 
+    def _found_changed(self) -> set[str]:
+        """Everything, if a readable live weight is not what the trainer's base says and no push of ours explains it.
+
+        So an engine that was started from something else (random weights, another update) than its checkpoint is given
+        the checkpoint, where that is the base; with copies of live weights as the base it is refused.
+        """
+        if self._kind not in ("checkpoint", "nf4"):
+            return set()
+        plan, live = self._live.plan, self._live
+        clean = {row.param for row in plan.rows if row.param in live.direct} - self._changed
+        plain = {n: s for n, s in self._samples.items() if self._kind == "checkpoint" or s.base == "plain"}
+        readable = {n: s for n, s in plain.items() if plan.rows_of(n) and self._fed_only(n, clean)}
+        found = differences(readable, plan, self._live_part, self._dtype, read_whole=self._checkpoint.whole)
+        return set(plan.layouts) if next(found, None) is not None else set()
+
+    def _fed_only(self, name: str, params: Collection[str]) -> bool:
+        return all(row.param in params for row in self._live.plan.rows_of(name))
+
     def _find_bases(self, engine: WorkerEngine) -> Bases:
+        """Where the base comes from, once every weight of it was compared with the trainer's."""
+        samples = self._samples
         if self._kind == "nf4":
             self._check_packed()
-            plain = {n: s for n, s in self._samples.items() if s.base == "plain"}
-            self._check_base(plain, self._live_or_checkpoint)
-            return self._checkpoint  # until the packed base has come
-        if self._kind == "checkpoint":
-            self._check_base(self._samples, self._from_checkpoint)
-            return self._checkpoint
-        copies = engine.copies_of_base(self._kind, self._checkpoint)
-        self._check_base(self._samples, lambda row: self._kept_or_live(copies, row))
-        copies.keep(self._live, self._direct_rows(self._touched))
+            samples = {n: s for n, s in samples.items() if s.base == "plain"}
+        copies = None
+        if self._kind not in ("nf4", "checkpoint"):
+            copies = engine.copies_of_base(self._kind, self._checkpoint)
+        restored = self._restore().names
+        written = self._edits.keys() | restored
+
+        def read(row: Row) -> torch.Tensor:
+            kept = copies.kept(row) if copies is not None else None
+            if kept is not None:
+                return kept
+            from_live = row.param in self._live.direct and row.param not in self._all_changed
+            if from_live and (copies is not None or row.name not in written):
+                return self._live_part(row)
+            return self._checkpoint.part(row)
+
+        self._check_base(samples, read)
+        if copies is None:
+            return self._checkpoint  # with nf4 until the packed base has come
+        copies.keep(self._live, self._direct_rows(self._touched), self._all_changed)
         copies.keep_whole(self._names_through_loader())
         return copies
+
+    @property
+    def _all_changed(self) -> set[str]:
+        return self._changed | self._foreign
+
+    def _restore(self) -> Restore:
+        return Restore(self._live, self._all_changed, self._touched)
 
     def _check_packed(self) -> None:
         others = [n for n, s in self._samples.items() if s.base not in ("plain", "nf4", "fp4")]
@@ -158,26 +219,17 @@ class FactorApplier:
                 [Mismatch("base", f"{held} weights in the trainer", "4-bit weights (NF4 or FP4)", fix)],
             )
 
-    def _check_base(self, samples: Mapping[str, WeightSample], read: Read) -> None:
+    def _check_base(self, samples: Mapping[str, WeightSample], read: Callable[[Row], torch.Tensor]) -> None:
         four_bit = any(s.base in ("nf4", "fp4") for s in self._samples.values())
         fix = (
             "The policy was trained on 4-bit weights: use MergeInWorker(base='nf4'), or MergedSource."
             if four_bit and self._kind != "nf4"
             else "Start the engine from the checkpoint that was trained on; after a merged push, use base='checkpoint'."
         )
-        check_base(samples, self._live.plan, read, self._dtype, fix=fix)
+        check_base(samples, self._live.plan, read, self._dtype, fix=fix, read_whole=self._checkpoint.whole)
 
-    def _kept_or_live(self, copies: CopiedBases, row: Row) -> torch.Tensor:
-        kept = copies.kept(row)
-        return kept if kept is not None else self._live_or_checkpoint(row)
-
-    def _live_or_checkpoint(self, row: Row) -> torch.Tensor:
-        if row.param in self._live.direct:
-            return self._live.live_slice(row.param, row.target)
-        return self._from_checkpoint(row)
-
-    def _from_checkpoint(self, row: Row) -> torch.Tensor:
-        return row.source.view(self._checkpoint.whole(row.name))
+    def _live_part(self, row: Row) -> torch.Tensor:
+        return self._live.live_slice(row.param, row.target)
 
     def _check_dora(self, ranks: int) -> None:
         if ranks == 1 or self._kind in ("checkpoint", "nf4"):
@@ -193,12 +245,12 @@ class FactorApplier:
 
     def _complete_base(self) -> None:
         """Once, when the trainer's packed weights have come: from now on they are the base of every quantized weight."""
-        if self._kind != "nf4" or isinstance(self._bases, _Mixed):
+        if self._kind != "nf4" or isinstance(self._bases, MixedBases):
             return
         dtypes = {n: _float(s.dtype) for n, s in self._samples.items() if s.base in ("nf4", "fp4")}
         packed = PackedBases(self._packed_parts, dtypes, self._device)
         self._packed_parts = {}
-        self._bases = _Mixed(packed, self._checkpoint)
+        self._bases = MixedBases(packed, self._checkpoint)
         # What was quantized but has no adapter is part of the policy too: the engine still holds it unquantized.
         self._touched = sorted(self._edits.keys() | packed.names)
         self._plan_rows()
@@ -212,8 +264,24 @@ class FactorApplier:
         seen = set(by_kernel)
         self._other_rows = _by_name(row for row in rows if row not in seen)
         self._merges = {}
-        self._loads = self._names_in_loads()
+        units = self._live.units_of(self._touched)
+        check_complete(self._live.plan, frozenset[str]().union(*(unit.params for unit in units)))
+        self._loads = list(loads(self._live, units, LOAD_BYTES))
         self._written = {row.param for row in rows}
+        self._own = fed_by(self._live.plan, self._touched)
+
+    def _restore_the_rest(self) -> None:
+        """Give the base back to what only earlier pushes have changed, theirs or another connection's."""
+        rest = self._restore()
+        self._changed |= self._foreign | self._own
+        self._foreign = set()
+        if rest.names:
+            self._torn = True
+            rest.write(self._base_part, self._stored, LOAD_BYTES)
+
+    def _base_part(self, row: Row) -> torch.Tensor:
+        kept = self._bases.kept(row) if isinstance(self._bases, CopiedBases) else None
+        return kept if kept is not None else self._checkpoint.part(row)
 
     def _apply(self, factors: Factors) -> None:
         self._active = factors
@@ -246,7 +314,7 @@ class FactorApplier:
                 self._live.live_slice(row.param, row.target).copy_(merged)
 
     def _is_on_device(self, row: Row) -> bool:
-        if isinstance(self._bases, _Mixed):
+        if isinstance(self._bases, MixedBases):
             return row.name in self._bases.packed_names
         return self._kind == "device"
 
@@ -303,7 +371,16 @@ class FactorApplier:
 
     def _merged(self, name: str) -> torch.Tensor:
         """A whole checkpoint tensor, merged and rounded once, for a layer that is loaded through vLLM's loader."""
+        if name not in self._edits and not self._is_packed(name):
+            return self._stored(name)
         return self._edited(name, self._bases.whole(name)).to(self._dtype)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        held = self._bases if isinstance(self._bases, CopiedBases) else self._checkpoint
+        return held.stored(name)
+
+    def _is_packed(self, name: str) -> bool:
+        return isinstance(self._bases, MixedBases) and name in self._bases.packed_names
 
     def _edited(self, name: str, base: torch.Tensor) -> torch.Tensor:
         weight = base.to(self._device)
@@ -328,64 +405,8 @@ class FactorApplier:
             row for name in names for row in self._live.plan.rows_of(name) if row.param in self._live.direct
         ]
 
-    def _names_in_loads(self) -> list[list[str]]:
-        """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
-        loads: list[list[str]] = []
-        size = 0
-        for unit in self._live.units_of(self._touched):
-            elements = sum(self._live.plan.written[param] for param in unit.params)
-            of_unit = elements * self._dtype.itemsize
-            if not loads or size + of_unit > LOAD_BYTES:
-                loads.append([])
-                size = 0
-            loads[-1] += sorted(unit.names)
-            size += of_unit
-        return loads
-
     def _names_through_loader(self) -> list[str]:
         return sorted({n for unit in self._live.units_of(self._touched) for n in unit.names})
-
-
-class _Mixed:
-    """The trainer's packed weights where there are some, the engine's checkpoint for everything else."""
-
-    def __init__(self, packed: PackedBases, checkpoint: CheckpointBases) -> None:
-        self._packed = packed
-        self._checkpoint = checkpoint
-        self.packed_names = packed.names
-
-    def rectangle(self, row: Row) -> Base:
-        return (self._packed if row.name in self.packed_names else self._checkpoint).rectangle(row)
-
-    def whole(self, name: str) -> torch.Tensor:
-        return (self._packed if name in self.packed_names else self._checkpoint).whole(name)
-
-
-def _edits_by_weight(spec: FactorSpec) -> dict[str, list[Edit]]:
-    edits: dict[str, list[Edit]] = defaultdict(list)
-    every: tuple[Edit, ...] = (*spec.saved, *spec.modules, *spec.rows, *spec.biases)
-    for edit in every:
-        edits[edit.weight].append(edit)
-    return dict(edits)
-
-
-def _refuse_what_needs_another_strategy(spec: FactorSpec) -> None:
-    """Raise for adapters that can't be merged from factors in the worker.
-
-    Raises:
-        UnmergeableError: naming the weights, and the strategy that works.
-    """
-    pieces = [m.weight for m in spec.modules if m.pieces]
-    tied = [weight for weight in _edits_by_weight(spec) if weight in spec.ties]
-    problems = [f"{n}: its checkpoint stores it in pieces" for n in pieces]
-    problems += [f"{n}: it is tied to {spec.ties[n]}" for n in tied]
-    problems += list(spec.conflicts)
-    if problems:
-        raise UnmergeableError(
-            "MergeInWorker can't take this adapter: "
-            + "; ".join(problems[:8])
-            + ". Use MergedSource instead."
-        )
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:

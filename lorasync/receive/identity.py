@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,30 +14,62 @@ if TYPE_CHECKING:
     from lorasync.fingerprint import WeightSample
 
 Read = Callable[[Row], torch.Tensor]
+ReadWhole = Callable[[str], torch.Tensor]
 
 
 def check_base(
-    samples: Mapping[str, WeightSample], plan: LoadPlan, read: Read, dtype: torch.dtype, *, fix: str
+    samples: Mapping[str, WeightSample],
+    plan: LoadPlan,
+    read: Read,
+    dtype: torch.dtype,
+    *,
+    fix: str,
+    read_whole: ReadWhole,
 ) -> None:
-    """Compare the trainer's samples with what ``read`` gives for each row of the load plan, in the served dtype.
+    """Compare the trainer's samples with the engine's base, in the served dtype.
+
+    Args:
+        samples: Of every frozen weight, by checkpoint name.
+        plan: Where each goes.
+        read: What the engine holds of a row of the plan.
+        dtype: What the engine serves.
+        fix: The way out.
+        read_whole: A whole tensor, where the loader computes with it and no row says where it went.
 
     Raises:
-        MismatchError: naming every weight that differs; ``fix`` is the way out.
+        MismatchError: naming every weight that differs.
     """
-    wrong = []
-    for name, sample in samples.items():
-        for row in plan.rows_of(name):
-            found = _first_difference(sample, row, read(row), dtype)
-            if found is not None:
-                got, expected = found
-                held = f"{expected:g} ({sample.base} base in the trainer)"
-                wrong.append(Mismatch(name, f"{got:g} in the engine", held, fix))
-                break
+    wrong = [
+        Mismatch(
+            name, f"{got:g} in the engine", f"{expected:g} ({samples[name].base} base in the trainer)", fix
+        )
+        for name, got, expected in differences(samples, plan, read, dtype, read_whole=read_whole)
+    ]
     if wrong:
         raise MismatchError(
             f"The engine's base is not the one that was trained on ({len(wrong)} weights differ); nothing was touched.",
             wrong,
         )
+
+
+def differences(
+    samples: Mapping[str, WeightSample],
+    plan: LoadPlan,
+    read: Read,
+    dtype: torch.dtype,
+    *,
+    read_whole: ReadWhole,
+) -> Iterator[tuple[str, float, float]]:
+    """Every weight that differs, with the first of its elements that does: the engine's, and the trainer's."""
+    for name, sample in samples.items():
+        rows = plan.rows_of(name)
+        found = None
+        for row in rows:
+            found = found or _first_difference(sample, row, read(row), dtype)
+        if not rows and name not in plan.ignored:
+            found = _compared(sample.values, read_whole(name).reshape(-1), sample.positions, dtype)
+        if found is not None:
+            yield name, *found
 
 
 def _first_difference(
@@ -50,10 +82,17 @@ def _first_difference(
         if index is not None:
             inside.append(value)
             at.append(index)
-    if not at:
-        return None
-    got = part.reshape(-1)[torch.tensor(at, device=part.device)].to(dtype).double().cpu()
-    expected = torch.tensor(inside, dtype=torch.float64).to(dtype).double()
+    return _compared(inside, part.reshape(-1), at, dtype) if at else None
+
+
+def _compared(
+    values: list[float] | tuple[float, ...],
+    elements: torch.Tensor,
+    at: list[int] | tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple[float, float] | None:
+    got = elements[torch.tensor(at, dtype=torch.long, device=elements.device)].to(dtype).double().cpu()
+    expected = torch.tensor(values, dtype=torch.float64).to(dtype).double()
     wrong = (got != expected).nonzero()
     return None if not len(wrong) else (float(got[wrong[0, 0]]), float(expected[wrong[0, 0]]))
 

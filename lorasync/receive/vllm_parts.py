@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import UnmergeableError
-from lorasync.receive.twin import build_twin as build_twin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

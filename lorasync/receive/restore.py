@@ -1,0 +1,92 @@
+"""Live weights that earlier pushes have left changed, given their base back: a push serves base + its own adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorasync.errors import Mismatch, MismatchError
+from lorasync.receive.writer import LiveWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    import torch
+
+    from lorasync.receive.live import LiveModel, Unit
+    from lorasync.receive.plan import LoadPlan, Row
+
+
+class Restore:
+    """What has to be restored where these parameters were changed and a push writes these checkpoint names itself.
+
+    Args:
+        live: The served model.
+        changed: Parameters that differ from the base, by name.
+        written: Checkpoint names that the push writes.
+
+    Raises:
+        MismatchError: if something was changed that the trainer's base has nothing for.
+    """
+
+    def __init__(self, live: LiveModel, changed: Collection[str], written: Collection[str]) -> None:
+        self._live = live
+        wanted = set(changed) & live.plan.layouts.keys()
+        done = {unit.layers for unit in live.units_of(written)}
+        self.rows = [
+            row
+            for row in live.plan.rows
+            if row.param in wanted and row.param in live.direct and row.name not in written
+        ]
+        self.units = [unit for unit in live.units if unit.params & wanted and unit.layers not in done]
+        _refuse_lost(live.plan, wanted)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The checkpoint names whose base is needed."""
+        return frozenset(row.name for row in self.rows).union(*(unit.names for unit in self.units))
+
+    def write(
+        self, part: Callable[[Row], torch.Tensor], stored: Callable[[str], torch.Tensor], load_bytes: int
+    ) -> None:
+        """Write the base, from parts for rows of the plan and from whole tensors for layers that are loaded anew."""
+        for row in self.rows:
+            self._live.live_slice(row.param, row.target).copy_(part(row))
+        writer = LiveWriter(self._live)
+        for names in loads(self._live, self.units, load_bytes):
+            writer.write({name: stored(name) for name in names})
+        writer.finish()
+        self._live.refresh({row.param for row in self.rows})
+
+
+def loads(live: LiveModel, units: Collection[Unit], load_bytes: int) -> Iterator[list[str]]:
+    """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
+    names: list[str] = []
+    size = 0
+    for unit in units:
+        of_unit = sum(live.plan.written[p] * live.plan.layouts[p][1].itemsize for p in unit.params)
+        if names and size + of_unit > load_bytes:
+            yield names
+            names, size = [], 0
+        names = names + sorted(unit.names)
+        size += of_unit
+    if names:
+        yield names
+
+
+def fed_by(plan: LoadPlan, names: Collection[str]) -> set[str]:
+    """The parameters that something of these checkpoint tensors goes into."""
+    wanted = frozenset(names)
+    return {param for param, feeds in plan.feeds.items() if feeds & wanted}
+
+
+def _refuse_lost(plan: LoadPlan, changed: Collection[str]) -> None:
+    lost = sorted(param for param in changed if param in plan.uncovered)
+    if lost:
+        fix = "Restart the engine, or use MergedSource, which sends every weight."
+        raise MismatchError(
+            "An earlier push has changed weights that this trainer has no base for; nothing was touched.",
+            [
+                Mismatch(n, "what the earlier push has left", "the base that was trained on", fix)
+                for n in lost
+            ],
+        )
