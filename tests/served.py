@@ -93,3 +93,31 @@ def _one_rank() -> None:
         1, 0, distributed_init_method=store, local_rank=0, backend="gloo"
     )
     parallel_state.initialize_model_parallel(1, 1)
+
+
+class Worker:
+    """The worker engine of a loaded model behind vLLM's four calls: what `connect` takes for an engine."""
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        from lorasync.receive.engine import WorkerEngine
+
+        transfer = WeightTransferConfig(backend="lorasync")
+        self.engine = WorkerEngine(transfer, config, torch.device("cpu"), model)
+        self.model = model
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
+
+    def start_weight_update(self) -> None:
+        self.engine.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.engine.receive_weights(self.engine.parse_update_info(update_info))
+
+    def finish_weight_update(self) -> None:
+        self.engine.finish_weight_update()
+
+    def reset_prefix_cache(self) -> bool:
+        return True

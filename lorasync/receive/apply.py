@@ -101,7 +101,7 @@ class LoadApplier:
         self._check(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)
-            self._changed |= self._live.plan.layouts.keys()
+            self._changed.update(self._live.plan.layouts)
         self._pass.write(tensors)
         self._received |= tensors.keys()
         return {"received": len(self._received)}

@@ -53,7 +53,8 @@ class FactorApplier:
 
     def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
         self._spec = parsed(FactorSpec.from_json, wanted, "spec")
-        self._samples = parsed(samples_from_json, wanted, "samples")
+        found = parsed(samples_from_json, wanted, "samples")
+        self._samples = {name: sample for name, sample in found.items() if name not in self._spec.ties}
         self._kind = parsed(str, wanted, "base")
         self._device = engine.device
         self._dtype: torch.dtype = engine.model_config.dtype
@@ -144,8 +145,7 @@ class FactorApplier:
     # ------------------------------------------------------------------------------------ the handshake
 
     def _base_manifest(self) -> list[ManifestEntry]:
-        tied = self._spec.ties.keys()
-        found = {n: (n, self._dtype, s.shape) for n, s in self._samples.items() if n not in tied}
+        found = {n: (n, self._dtype, s.shape) for n, s in self._samples.items()}
         for saved in self._spec.saved:
             found[saved.weight] = (saved.weight, self._dtype, self._staging.expected[saved.tensor][1])
         unknown = sorted(self._edits.keys() - found.keys())
@@ -273,7 +273,7 @@ class FactorApplier:
     def _restore_the_rest(self) -> None:
         """Give the base back to what only earlier pushes have changed, theirs or another connection's."""
         rest = self._restore()
-        self._changed |= self._foreign | self._own
+        self._changed.update(self._foreign, self._own)
         self._foreign = set()
         if rest.names:
             self._torn = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,7 +78,22 @@ def record_plan(
     try:
         return _record(twin, manifest, ranks, may_ignore)
     except Exception as error:
-        raise _diagnosis(twin, manifest, ranks, may_ignore, error) from error
+        unknown = {
+            entry[0] for entry in manifest if entry[0] in may_ignore and _is_unknown(twin, entry, ranks)
+        }
+        if not unknown:
+            raise _diagnosis(twin, manifest, ranks, may_ignore, error) from error
+    rest = [entry for entry in manifest if entry[0] not in unknown]
+    plan = record_plan(twin, rest, ranks=ranks, may_ignore=may_ignore)
+    return replace(plan, ignored=plan.ignored | unknown)
+
+
+def _is_unknown(twin: torch.nn.Module, entry: ManifestEntry, ranks: int) -> bool:
+    try:
+        _record(twin, [entry], ranks, [entry[0]])
+    except Exception as error:
+        return _NO_PLACE in str(error)
+    return False
 
 
 def check_complete(plan: LoadPlan, only: Collection[str] | None = None) -> None:
@@ -220,13 +235,30 @@ def _check_all_used(
     return frozenset(ignored)
 
 
-def _ignored(names: Sequence[str], all_names: Collection[str]) -> list[Mismatch]:
-    """One mismatch for each branch of the model that the engine takes nothing of (the tower of a text-only engine)."""
+def _unknown(names: Sequence[str], all_names: Collection[str]) -> list[Mismatch]:
+    """One mismatch for each branch of the trainer's model that the engine's has no place for."""
+    wrong = []
+    for branch, members in _by_branch(names, all_names).items():
+        more = f"{len(members)} tensors, {members[0]} for one" if len(members) > 1 else "a tensor"
+        fix = (
+            "Is this engine serving the model that was trained? If it serves a part of it, leave the rest out: "
+            f"MergedSource(model, exclude=[{branch!r}])."
+        )
+        wrong.append(Mismatch(branch, more, "only names that the engine's model has a place for", fix))
+    return wrong
+
+
+def _by_branch(names: Sequence[str], all_names: Collection[str]) -> dict[str, list[str]]:
     branches: dict[str, list[str]] = defaultdict(list)
     for name in names:
         branches[_branch(name, set(names), all_names)].append(name)
+    return branches
+
+
+def _ignored(names: Sequence[str], all_names: Collection[str]) -> list[Mismatch]:
+    """One mismatch for each branch of the model that the engine takes nothing of (the tower of a text-only engine)."""
     wrong = []
-    for branch, members in branches.items():
+    for branch, members in _by_branch(names, all_names).items():
         more = f" ({len(members)} tensors, {members[0]} for one)" if len(members) > 1 else ""
         fix = f"Leave it out: MergedSource(model, exclude=[{branch!r}])."
         wrong.append(Mismatch(branch, f"what this engine ignores{more}", "only what it loads", fix))
@@ -255,14 +287,20 @@ def _diagnosis(
         return error
     wrong: list[Mismatch] = []
     ignored: set[str] = set()
+    unknown: list[str] = []
+    names = [name for name, _, _ in manifest]
     for entry in manifest:
         try:
             ignored |= _record(twin, [entry], ranks, [entry[0]]).ignored
         except MismatchError as found:
             wrong.extend(found.mismatches)
         except Exception as cause:
-            wrong.append(_mismatch(entry, cause))
-    wrong += _ignored(sorted(ignored - set(may_ignore)), [name for name, _, _ in manifest])
+            known = _NO_PLACE not in str(cause) or entry[0].startswith("base_model.")
+            if known:
+                wrong.append(_mismatch(entry, cause))
+            else:
+                unknown.append(entry[0])
+    wrong += _unknown(unknown, names) + _ignored(sorted(ignored - set(may_ignore)), names)
     if not wrong:
         wrong = [
             Mismatch(
@@ -287,6 +325,10 @@ def _mismatch(entry: ManifestEntry, cause: Exception) -> Mismatch:
             name, got, f"a checkpoint name ({text})", "Map it with lorasync.checkpoint_name first."
         )
     return Mismatch(name, got, text, "Is this engine serving the model that was trained?")
+
+
+_NO_PLACE = "There is no module or parameter named"
+"""How vLLM's loader says so."""
 
 
 def _refuse_duplicates(manifest: Sequence[ManifestEntry]) -> None:
