@@ -27,13 +27,14 @@ class FreshLayer:
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.layer = layer
+        self._before = dict(layer._parameters)  # with what is None, which forward asks for
         self._kernel = {n: p for n, p in layer._parameters.items() if p is not None}
         self._buffers = {n: b for n, b in layer._buffers.items() if b is not None}
         fresh = dict(_fresh_parameters(layer))
         for name in self._kernel.keys() - _stay() - fresh.keys():
             del layer._parameters[name]
         for name, param in fresh.items():
-            _register(layer, name, param)
+            layer._parameters[name] = param
 
     def process(self) -> None:
         """Quantize and repack, as vLLM does after loading."""
@@ -79,8 +80,7 @@ class FreshLayer:
             if keep and made is not None and made is not buffer:
                 buffer.copy_(made)
         self.layer._parameters.clear()
-        for name, old in self._kernel.items():
-            _register(self.layer, name, old)
+        self.layer._parameters.update(self._before)
         self.layer._buffers.update(self._buffers)
 
 
@@ -168,10 +168,6 @@ def _stay() -> frozenset[str]:
     from vllm.model_executor.model_loader.reload import meta
 
     return frozenset(getattr(meta, "SKIP_TENSORS", ()))
-
-
-def _register(layer: torch.nn.Module, name: str, param: Any) -> None:
-    layer._parameters[name] = param
 
 
 def _own_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

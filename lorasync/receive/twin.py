@@ -37,21 +37,25 @@ def build_twin(vllm_config: Any) -> torch.nn.Module:
 def _built(vllm_config: Any, *, quantized: bool) -> torch.nn.Module:
     """On meta altogether; where the constructor reads what it has made (slopes, constants), small tensors are real."""
     try:
-        return _initialized(vllm_config, torch.device("meta"), quantized=quantized)
-    except (NotImplementedError, RuntimeError):
-        pass
-    try:
         with _registering() as made_now:
-            twin = _initialized(vllm_config, _WeightsOnMeta(), quantized=quantized)
-    except Exception as error:
-        name = ", ".join(vllm_config.model_config.architectures or ["the served model"])
-        raise SyncError(
-            f"{name}: its constructor in vLLM fails without memory ({type(error).__name__}: {error}), expected one "
-            "that builds on the meta device: lorasync can't tell where its weights go. Serve another class of "
-            'model (model_impl="transformers" is one), or report this. Nothing was touched.'
-        ) from error
-    _move_to_meta(made_now)
+            twin = _initialized(vllm_config, torch.device("meta"), quantized=quantized)
+    except (NotImplementedError, RuntimeError):
+        try:
+            with _registering() as made_now:
+                twin = _initialized(vllm_config, _WeightsOnMeta(), quantized=quantized)
+        except Exception as error:
+            raise _fails_without_memory(vllm_config, error) from error
+    _move_to_meta(made_now)  # some constructors name a device of their own
     return twin
+
+
+def _fails_without_memory(vllm_config: Any, error: Exception) -> SyncError:
+    name = ", ".join(vllm_config.model_config.architectures or ["the served model"])
+    return SyncError(
+        f"{name}: its constructor in vLLM fails without memory ({type(error).__name__}: {error}), expected one "
+        "that builds on the meta device: lorasync can't tell where its weights go. Serve another class of "
+        'model (model_impl="transformers" is one), or report this. Nothing was touched.'
+    )
 
 
 def _initialized(vllm_config: Any, where: Any, *, quantized: bool) -> torch.nn.Module:
