@@ -16,7 +16,7 @@ def check_layout(parallel: Any) -> None:
     Raises:
         MismatchError: naming each setting, and what works instead.
     """
-    wrong = [*_too_many(parallel), *_spread(parallel)]
+    wrong = [*_too_many(parallel), *_experts(parallel), *_spread(parallel)]
     if wrong:
         raise MismatchError("A push would reach a part of this engine only; nothing was touched.", wrong)
 
@@ -29,6 +29,14 @@ def _too_many(parallel: Any) -> list[Mismatch]:
     }
     found = {name: _number(parallel, name) for name in fixes}
     return [Mismatch(name, str(n), "1", fixes[name]) for name, n in found.items() if n > 1]
+
+
+def _experts(parallel: Any) -> list[Mismatch]:
+    """Each rank holds its own experts only, and every name is checked on every rank."""
+    if getattr(parallel, "enable_expert_parallel", False) is not True or _number(parallel, "world_size") == 1:
+        return []
+    fix = "Start the engine without it: tensor parallelism cuts experts too."
+    return [Mismatch("enable_expert_parallel", "True", "False", fix)]
 
 
 def _spread(parallel: Any) -> list[Mismatch]:

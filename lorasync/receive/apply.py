@@ -12,7 +12,7 @@ from lorasync.receive.adapter import AdapterApplier
 from lorasync.receive.factors import FactorApplier
 from lorasync.receive.live import LiveModel, stands_for
 from lorasync.receive.plan import LoadPlan, check_complete, record_plan
-from lorasync.receive.served import refuse_quantized, refuse_split_models
+from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import BucketCheck, parsed
 from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
@@ -62,7 +62,6 @@ def applier_for(control: Control, engine: WorkerEngine) -> Applier:
         "merge": lambda: FactorApplier(control, engine, wanted),
         "adapter": lambda: AdapterApplier(control, engine, wanted),
     }
-    refuse_split_models(engine.vllm_config)
     kind = str(wanted.get("kind")) if isinstance(wanted, dict) else type(wanted).__name__
     if kind not in kinds:
         raise SyncError(f"apply: got {kind!r}, expected one of {', '.join(kinds)}. Versions differ.")
@@ -81,7 +80,7 @@ class LoadApplier:
         refuse_quantized(engine.vllm_config, twin, what="merged weights")
         plan = record_plan(twin, manifest, ranks=ranks)
         check_complete(plan, plan.uncovered.keys() - stands_for(engine.model, plan.uncovered).keys())
-        _refuse_narrowing(plan, manifest)
+        _refuse_narrowing(plan, manifest, engine.model_config.dtype)
         self._expected = {name: (dtype, shape) for name, dtype, shape in manifest}
         self._live = LiveModel(engine.model, engine.model_config, plan)
         self._live.check_writable()
@@ -136,18 +135,24 @@ class LoadApplier:
         self.undo()
 
 
-def _refuse_narrowing(plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-    """A tensor in a wider dtype than the engine's would be rounded a second time, without a word."""
+def _refuse_narrowing(
+    plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]], dtype: torch.dtype
+) -> None:
+    """A tensor in a wider dtype than the engine's would be rounded a second time, without a word.
+
+    What vLLM keeps narrower than the engine's ``dtype`` it rounds itself, of a checkpoint too.
+    """
     params: dict[str, str] = {name: param for param, names in plan.feeds.items() for name in names}
     wrong = []
-    for name, dtype, _ in manifest:
-        serving = plan.layouts[params[name]][1] if name in params else dtype
+    for name, sent, _ in manifest:
+        serving = plan.layouts[params[name]][1] if name in params else sent
+        serving = torch.promote_types(serving, dtype) if serving.is_floating_point else serving
         if (
-            torch.promote_types(dtype, serving) != serving
-            and dtype.is_floating_point
+            torch.promote_types(sent, serving) != serving
+            and sent.is_floating_point
             and serving.is_floating_point
         ):
             fix = f"Send what it serves: MergedSource(model, dtype=torch.{dtype_name(serving)})."
-            wrong.append(Mismatch(name, dtype_name(dtype), dtype_name(serving), fix))
+            wrong.append(Mismatch(name, dtype_name(sent), dtype_name(serving), fix))
     if wrong:
         raise MismatchError("Some tensors are wider than what the engine serves; nothing was touched.", wrong)

@@ -1,36 +1,15 @@
-"""What an engine serves besides plain weights of one rank's model: refused by name, or said in the handshake."""
+"""What an engine serves besides plain weights: refused by name, or said in the handshake."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
+from lorasync.errors import Mismatch, MismatchError
 
 if TYPE_CHECKING:
     import torch
 
 _WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
-
-
-def refuse_split_models(vllm_config: Any) -> None:
-    """Refuse engines of which no rank holds a part of every weight.
-
-    Raises:
-        EngineNotReadyError: naming the setting.
-    """
-    parallel = vllm_config.parallel_config
-    stages = int(getattr(parallel, "pipeline_parallel_size", 1))
-    if stages > 1:
-        raise EngineNotReadyError(
-            f"pipeline_parallel_size: got {stages}, expected 1: each stage holds its own layers only, and lorasync checks "
-            f"every name on every rank. Start the engine with tensor_parallel_size={stages} instead. Nothing was touched."
-        )
-    if getattr(parallel, "enable_expert_parallel", False) and int(parallel.world_size) > 1:
-        raise EngineNotReadyError(
-            "enable_expert_parallel: got True, expected False: each rank holds its own experts only, and lorasync checks "
-            "every name on every rank. Start the engine without it: tensor parallelism cuts experts too. "
-            "Nothing was touched."
-        )
 
 
 def quantization_of(vllm_config: Any) -> str:
@@ -81,11 +60,6 @@ def notes_of(vllm_config: Any) -> list[str]:
         notes.append(
             f"speculative decoding ({method}): the drafter keeps its own weights, a push does not reach them. What is "
             "generated is the policy's; drafts that fit it worse make it slower."
-        )
-    name = quantization_of(vllm_config)
-    if name:
-        notes.append(
-            f"quantization: the engine serves {name!r} weights, which are rounded from those of the policy."
         )
     return notes
 

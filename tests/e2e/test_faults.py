@@ -63,6 +63,7 @@ from tests.e2e.faults import (
     from_the_middle,
     full,
     kill,
+    leaving_out,
     may_mount,
     no_more_memory,
     nth_bucket,
@@ -164,7 +165,7 @@ def engine_here(base) -> Iterator[Any]:
             yield llm
 
 
-@pytest.fixture(scope="module", params=["adapter", "factors"])
+@pytest.fixture(scope="module", params=["adapter", "factors", "merged"])
 def bench_here(request, engine_here, base, tmp_path_factory) -> Iterator[Bench]:
     yield from _bench(request.param, engine_here, base, tmp_path_factory.mktemp("bench"))
 
@@ -519,6 +520,8 @@ ROWS_IN_THIS_PROCESS = (
     Row("out of memory in a worker while it merges or installs", RuntimeError, "can't allocate memory",
         lambda b: NoMemory(3, PRODUCTS if b.strategy == "factors" else COPIES),  # copies into the slots: the first ones
         FACTORS),
+    Row("an incomplete reload", MismatchError, r"not loaded as the load plan says.*qkv_proj",
+        lambda b: leaving_out(b.wire.llm, "layers.1.self_attn.k_proj"), {"merged": CLOSED, "factors": KEPT}),
 )  # fmt: skip
 
 
