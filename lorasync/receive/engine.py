@@ -73,7 +73,6 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._session = ""
         self.version = 0
         self.closed = ""
-        self.weights_pushed = False
         self.changed: set[str] = changed_at_start(vllm_config, model)
         """Parameters that are, or may be, something else than the checkpoint's; it outlives sessions."""
         self._gpu = Openings(device)
@@ -204,7 +203,6 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def _abort(self, applier: Applier) -> None:
         self._digests = []
         if applier.undo():
-            self.weights_pushed = True
             self.closed = (
                 f"The push of version {self.version + 1} died half-way: part of the engine's weights is new, part is "
                 f"of version {self.version}. Call send_weights() again; a push that completes opens the engine."
@@ -249,7 +247,6 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             raise
         self._before, self.version = self.version, control.version
         self.closed = ""
-        self.weights_pushed |= applier.changes_weights
         self._digests = []
         return {**found, "digest": digest}
 
