@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 RUN := HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: help setup quickstart test test-fast lint matrix soak reliability bench clean
+.PHONY: help setup quickstart test test-fast lint matrix soak reliability contracts bench clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -46,6 +46,10 @@ reliability: setup
 ## make matrix       the ZeRO compatibility matrix: every cell a real run on two ranks (about 20 minutes)
 matrix: setup
 	$(RUN) benchmarks/zero_matrix.py
+
+## make contracts    what lorasync relies on, looked up in vLLM 0.26 to 0.33, and docs/support.md anew (downloads 1.6 GB once)
+contracts: setup
+	$(RUN) -m tests.contracts
 
 ## make bench        the CPU benchmark of syncs
 bench: setup

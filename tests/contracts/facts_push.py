@@ -1,0 +1,163 @@
+"""What the trainer's side relies on: engines as objects of this process, requests, vLLM's own sources."""
+
+# ruff: noqa: E501 - a fact is a line
+from __future__ import annotations
+
+from tests.contracts.fact import Fact, Rule, is_there, offers, says, starts_with, takes
+from tests.contracts.ways import (
+    ACCEPTING,
+    ADAPTER,
+    ALL,
+    ASYNC,
+    ENGINES,
+    HERE,
+    NAMES,
+    SOURCE,
+    THERE,
+)
+
+LLM = "vllm.entrypoints.llm:LLM"
+LLM_ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
+ASYNC_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
+CLIENT = "vllm.v1.engine.core_client"
+BASE = "vllm.distributed.weight_transfer.base"
+CONFIG = "vllm.config"
+
+OFFLINE = (HERE, THERE)
+
+
+def _fact(
+    ours: str, of: str, ways: tuple[str, ...] = (), rule: Rule = is_there, what: str = "", **rest: str
+) -> Fact:
+    return Fact(f"lorasync/{ours}", of, rule, what, ways, **rest)
+
+
+_PLUGIN = [
+    _fact("plugin.py", "vllm.distributed.weight_transfer:WeightTransferEngineFactory", ALL),
+    _fact("plugin.py", "vllm.distributed.weight_transfer:WeightTransferEngineFactory.register_engine", ALL, takes(3), "by place: name, module, class"),
+    _fact("plugin.py", "vllm.distributed.weight_transfer:WeightTransferEngineFactory.register_engine", ALL, says("ValueError"), "raises ValueError for a name that is taken"),
+    _fact("../pyproject.toml", "vllm.plugins:DEFAULT_PLUGINS_GROUP", ALL, offers("vllm.general_plugins"), "= the group of our entry point"),
+]  # fmt: skip
+
+_LLM = [
+    _fact("push/llm_target.py", f"{LLM}.llm_engine", OFFLINE),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.vllm_config", OFFLINE),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.engine_core", OFFLINE),
+    _fact("push/llm_target.py", f"{CLIENT}:InprocClient.engine_core", (HERE,), what="says that the core is in this process"),
+    _fact("push/llm_target.py", "vllm.v1.engine.core:EngineCore.model_executor", (HERE,)),
+    _fact("push/llm_target.py", "vllm.v1.executor.uniproc_executor:UniProcExecutor.driver_worker", (HERE,), what="says that the worker is in this process"),
+    _fact("push/llm_target.py", f"{LLM}.init_weight_transfer_engine", OFFLINE, takes(1), "takes a dict"),
+    _fact("push/llm_target.py", f"{LLM}.init_weight_transfer_engine", OFFLINE, says("'init_info'"), "reads init_info of it"),
+    _fact("push/llm_target.py", f"{LLM}.start_weight_update", OFFLINE, takes(0)),
+    _fact("push/llm_target.py", f"{LLM}.update_weights", OFFLINE, takes(1), "takes a dict"),
+    _fact("push/llm_target.py", f"{LLM}.update_weights", OFFLINE, says("'update_info'"), "reads update_info of it"),
+    _fact("push/llm_target.py", f"{LLM}.finish_weight_update", OFFLINE, takes(0)),
+    _fact("push/llm_target.py", f"{LLM}.reset_prefix_cache", OFFLINE, takes(0)),
+    _fact("push/llm_target.py", f"{LLM}.reset_prefix_cache", OFFLINE, says("-> bool"), "says whether it did"),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.set_weight_version", (NAMES,), takes(1), since="0.28", why="vLLM has no set_weight_version: outputs don't say of which version they are"),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.has_unfinished_requests", OFFLINE, takes(0)),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.output_processor", OFFLINE),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.step", (), takes(0), "(named in an error)"),
+    _fact("push/llm_target.py", f"{LLM_ENGINE}.abort_request", (), takes(1, "internal"), "(named in an error)"),
+    _fact("push/llm_target.py", "vllm.v1.engine.output_processor:OutputProcessor.request_states", ENGINES),
+    _fact("push/llm_target.py", "vllm.v1.engine.output_processor:RequestState.lora_request", ENGINES),
+    _fact("push/llm_target.py", "vllm.v1.engine.output_processor:RequestState.lora_name", ENGINES),
+    _fact("push/llm_target.py", f"{CONFIG}:VllmConfig.weight_transfer_config", ALL),
+    _fact("push/llm_target.py", f"{CONFIG}:VllmConfig.parallel_config", ALL),
+    _fact("push/llm_target.py", "vllm.config.weight_transfer:WeightTransferConfig.backend", ALL),
+]  # fmt: skip
+
+_ASYNC = [
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.vllm_config", (ASYNC,)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.output_handler", (ASYNC,), what="the task whose loop runs the engine"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.engine_core", (ASYNC,)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.output_processor", (ASYNC,)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.errored", (ASYNC,)),
+    _fact("push/llm_target.py", f"{BASE}:WeightTransferInitRequest", (ASYNC,), takes(0, "init_info"), "is made of init_info"),
+    _fact("push/llm_target.py", f"{BASE}:WeightTransferUpdateRequest", (ASYNC,), takes(0, "update_info"), "is made of update_info"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.init_weight_transfer_engine", (ASYNC,), takes(1)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.start_weight_update", (ASYNC,), takes(0)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.update_weights", (ASYNC,), takes(1)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.finish_weight_update", (ASYNC,), takes(0)),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.update_weight_version", (NAMES,), takes(1), since="0.28", why="vLLM has no set_weight_version: outputs don't say of which version they are"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), takes(0, "reset_running_requests")),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), says("-> bool"), "says whether it did"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.pause_generation", (ASYNC,), takes(0, "mode", "clear_cache")),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.resume_generation", (ASYNC,), takes(0)),
+    _fact("push/llm_target.py", f"{CLIENT}:AsyncMPClient.pause_scheduler_async", (ASYNC,), takes(0, "mode", "clear_cache"), "is what a pause `keep` comes down to"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.pause_generation", (ACCEPTING,), says("pause_scheduler_async"), "calls pause_scheduler_async for every mode", until="0.32", why="vLLM rejects requests that come between a pause `wait` or `abort` and its end (HTTP 503); with `keep`, the default, they queue"),
+    _fact("push/target.py", "vllm.v1.engine:PauseMode", (ASYNC,), offers("keep", "wait", "abort"), "has keep, wait, abort"),
+    _fact("push/llm_target.py", f"{ASYNC_LLM}.pause_generation", (), says("renderer.clear_mm_cache_async"), "clears the front end's multimodal cache too"),
+    _fact("push/targets.py", f"{ASYNC_LLM}.pause_generation", (ASYNC,), what="(tells an AsyncLLM from other objects)"),
+    _fact("push/targets.py", f"{ASYNC_LLM}.output_handler", (ASYNC,), what="(tells an AsyncLLM from other objects)"),
+    _fact("push/targets.py", f"{LLM}.llm_engine", OFFLINE, what="(tells an LLM from other objects)"),
+    _fact("push/targets.py", f"{LLM_ENGINE}.engine_core", (), what="(tells an LLM from its llm_engine, for an error)"),
+]  # fmt: skip
+
+_DEATH = [
+    _fact("push/limit.py", f"{CLIENT}:MPClient.resources", (THERE, ASYNC)),
+    _fact("push/limit.py", f"{CLIENT}:BackgroundResources.engine_manager", (THERE, ASYNC)),
+    _fact("push/limit.py", f"{CLIENT}:BackgroundResources.engine_dead", (THERE, ASYNC)),
+    _fact("push/limit.py", "vllm.v1.engine.utils:CoreEngineProcManager.finished_procs", (THERE, ASYNC), takes(0)),
+    _fact("push/limit.py", "vllm.v1.engine.utils:CoreEngineProcManager.failed_proc_name", (THERE, ASYNC)),
+    _fact("push/limit.py", "vllm.v1.engine.exceptions:EngineDeadError", (THERE, ASYNC), what="(known by its name)"),
+    _fact("push/limit.py", "vllm.v1.engine.core", (THERE, ASYNC), says("method failed: "), "says that a call's “method failed: …”"),
+    _fact("push/limit.py", "vllm.v1.engine.core", (THERE, ASYNC), says("Executor failed"), "says “Executor failed”"),
+]  # fmt: skip
+
+_REQUESTS = [
+    _fact("push/adapter_request.py", "vllm.lora.request:LoRARequest", (ADAPTER,), starts_with("lora_name", "lora_int_id", "lora_path"), "= name, id, path by place"),
+    _fact("push/adapter_request.py", "vllm.lora.request:LoRARequest", (ADAPTER,), says("msgspec.Struct", "array_like=True"), "is a mutable msgspec.Struct"),
+    _fact("push/adapter_request.py", "vllm.lora.request:LoRARequest.lora_int_id", (ADAPTER,)),
+    _fact("push/adapter_request.py", "vllm.lora.request:LoRARequest.lora_path", (ADAPTER,)),
+    _fact("push/adapter_request.py", "vllm.v1.engine.output_processor:RequestState.__init__", (ADAPTER,), says("lora_request.lora_name"), "reads lora_name of every request, before the core hears of it"),
+    _fact("push/adapter_request.py", "vllm.exceptions:VLLMClientError", (ADAPTER,), since="0.28", instead="ValueError, which AsyncLLM.generate passes on as the client's"),
+    _fact("push/adapter_request.py", "vllm.v1.engine.async_llm:AsyncLLM.generate", (ADAPTER,), says("VLLMClientError"), "passes it on as a fault of one request", since="0.28", instead="ValueError"),
+    _fact("push/issued.py", "vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys", (), says("lora_path"), "makes the path part of the prefix cache's key", since="0.31", instead="the name, which is another for every version"),
+]  # fmt: skip
+
+_CLIENTS = [
+    _fact("push/target.py", f"{BASE}:VLLMWeightSyncClient.init_weight_transfer_engine", (), takes(1)),
+    _fact("push/target.py", f"{BASE}:VLLMWeightSyncClient.start_weight_update", (), takes(0)),
+    _fact("push/target.py", f"{BASE}:VLLMWeightSyncClient.update_weights", (), takes(1)),
+    _fact("push/target.py", f"{BASE}:VLLMWeightSyncClient.finish_weight_update", (), takes(0)),
+]  # fmt: skip
+
+_LAYOUT = [
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_size", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.pipeline_parallel_size", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.nnodes", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.world_size", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.distributed_executor_backend", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.enable_expert_parallel", ALL),
+    _fact("layout.py", "vllm.config.parallel:DistributedExecutorBackend", (), offers("external_launcher"), "has external_launcher"),
+    _fact("push/plan.py", f"{LLM}.llm_engine", ()),
+    _fact("push/plan.py", f"{LLM_ENGINE}.vllm_config", ()),
+    _fact("push/plan.py", f"{CONFIG}:VllmConfig.lora_config", ()),
+    _fact("push/plan.py", "vllm.config.lora:LoRAConfig.max_lora_rank", ()),
+]  # fmt: skip
+
+_VERIFY = [
+    _fact("verify.py", "vllm:SamplingParams", (), takes(0, "temperature", "max_tokens", "logprobs")),
+    _fact("verify.py", f"{LLM}.llm_engine", ()),
+    _fact("verify.py", f"{LLM}.generate", (), takes(2, "use_tqdm", "lora_request")),
+    _fact("verify.py", f"{ASYNC_LLM}.generate", (), takes(3, "lora_request")),
+    _fact("verify.py", f"{ASYNC_LLM}.output_handler", ()),
+    _fact("verify.py", "vllm.outputs:RequestOutput.prompt_token_ids", ()),
+    _fact("verify.py", "vllm.outputs:RequestOutput.outputs", ()),
+    _fact("verify.py", "vllm.outputs:CompletionOutput.token_ids", ()),
+    _fact("verify.py", "vllm.outputs:CompletionOutput.logprobs", ()),
+    _fact("verify.py", "vllm.logprobs:Logprob.logprob", ()),
+]  # fmt: skip
+
+_SOURCE = [
+    _fact("source/weight_source.py", f"{BASE}:WeightSource", (SOURCE,)),
+    _fact("source/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), starts_with("name", "dtype", "shape"), "= name, dtype, shape by place"),
+    _fact("source/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), takes(3), "needs no more"),
+    _fact("source/weight_source.py", f"{BASE}:WeightSource.iter_full", (SOURCE,), since="0.33", instead="__iter__"),
+    _fact("source/weight_source.py", f"{BASE}:WeightSource.__iter__", (SOURCE,), until="0.32", instead="iter_full"),
+    _fact("source/weight_source.py", f"{BASE}:WeightSource.metadata", (SOURCE,)),
+    _fact("source/weight_source.py", f"{BASE}:WeightSource.__init_subclass__", (SOURCE,), says("cached_property"), "wants metadata to be a cached_property", since="0.33", instead="a method"),
+]  # fmt: skip
+
+PUSH = (*_PLUGIN, *_LLM, *_ASYNC, *_DEATH, *_REQUESTS, *_CLIENTS, *_LAYOUT, *_VERIFY, *_SOURCE)
