@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 RUN := HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: help setup quickstart test test-fast lint matrix soak reliability contracts bench clean
+.PHONY: help setup quickstart test test-fast lint matrix survey soak reliability contracts bench clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -50,6 +50,10 @@ matrix: setup
 ## make contracts    what lorasync relies on, looked up in vLLM 0.26 to 0.33, and docs/support.md anew (downloads 1.6 GB once)
 contracts: setup
 	$(RUN) -m tests.contracts
+
+## make survey       every architecture that transformers and vLLM both know, and docs/architectures.md (about 15 minutes)
+survey: setup
+	$(RUN) -m tests.survey
 
 ## make bench        the CPU benchmark of syncs
 bench: setup

@@ -7,8 +7,8 @@ whole segments. `CheckpointLayout` then undoes what transformers v5 did when it 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
     "base_layer",
     "token_adapter",
 }
+_VALUE_HEAD = ["pretrained_model"]  # TRL's models with a value head
 # What PEFT's tuners call their own parameters (PEFT_TYPE_TO_PREFIX_MAPPING and the shared projections).
 # fmt: off
 _ADAPTER_PREFIXES = (
@@ -43,7 +44,9 @@ def checkpoint_name(name: str, *, adapters: Collection[str] | None = None) -> st
 
     Args:
         name: As `model.named_parameters()` gives it, from a PeftModel, a model with injected adapters, or one
-            that DDP, DeepSpeed, FSDP1, activation checkpointing or `torch.compile` wrapped once more.
+            that DDP, DeepSpeed, FSDP1, activation checkpointing or `torch.compile` wrapped once more, or of whose parts
+            PEFT wrapped one. Of a module of your own around a policy (an actor) pass the names of the policy itself:
+            what comes before a PeftModel may belong to the checkpoint's name, and is kept.
         adapters: The adapters that are merged; saved modules of other adapters then have no name. ``None``
             means all.
 
@@ -59,7 +62,7 @@ def checkpoint_name(name: str, *, adapters: Collection[str] | None = None) -> st
         >>> checkpoint_name("base_model.model.lm_head.lora_A.policy.weight") is None
         True
     """
-    path = _strip_root(name.split("."))
+    path = _without_peft(name.split("."))
     if _is_companion(path) or any(_is_adapter(segment) for segment in path):
         return None
     kept: list[str] = []
@@ -76,11 +79,23 @@ def checkpoint_name(name: str, *, adapters: Collection[str] | None = None) -> st
     return ".".join(kept)
 
 
-def _strip_root(path: list[str]) -> list[str]:
-    """Take off what DDP or DeepSpeed (``module``) and PeftModel (``base_model.model``) put in front."""
-    while path[:1] == ["module"] or (path and path[0] in _WRAPPERS):
+def _without_peft(path: list[str]) -> list[str]:
+    """Take off what PeftModel (``base_model.model``) puts into a path, and what wraps it or the whole model.
+
+    A path before a PeftModel is kept: PEFT may wrap a part of a model (``model.language_model``). DDP's and DeepSpeed's
+    ``module`` goes only in front, as models call parts of theirs so too.
+    """
+    at = next((i for i in range(len(path) - 1) if path[i : i + 2] == ["base_model", "model"]), None)
+    if at is None:
+        return _without_engine(path)
+    outside = [segment for segment in _without_engine(path[:at]) if segment != "module"]
+    return ([] if outside == _VALUE_HEAD else outside) + path[at + 2 :]
+
+
+def _without_engine(path: list[str]) -> list[str]:
+    while path and (path[0] == "module" or path[0] in _WRAPPERS):
         path = path[1:]
-    return path[2:] if path[:2] == ["base_model", "model"] else path
+    return path
 
 
 def _is_adapter(segment: str) -> bool:
@@ -123,27 +138,28 @@ class CheckpointLayout:
     """
 
     model: Any
-    _stand_in: Any = field(init=False, repr=False)
+    _twin: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         conversions = _conversions(self.model)
-        config = getattr(self.model, "config", None)
-        self._stand_in = (
-            SimpleNamespace(_weight_conversions=conversions, config=config) if conversions else None
-        )
+        self._twin = _with_conversions(self.model, conversions) if conversions else None
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert one group's tensors, named as in memory, to the checkpoint's names and shapes."""
-        if self._stand_in is None:
+        if self._twin is None:
             return dict(tensors)
         from transformers.core_model_loading import revert_weight_conversion
 
-        converted: dict[str, Tensor] = revert_weight_conversion(self._stand_in, dict(tensors))
+        self._twin.__dict__["_in_conversion"] = tensors
+        try:
+            converted: dict[str, Tensor] = revert_weight_conversion(self._twin, dict(tensors))
+        finally:
+            self._twin.__dict__["_in_conversion"] = {}
         return converted
 
     def groups(self, tensors: Mapping[str, Tensor]) -> list[Group]:
         """Cut ``tensors`` (meta tensors do) into groups; a group stands where its first member stands."""
-        if self._stand_in is None:
+        if self._twin is None:
             return [Group((name,), (_describe(name, t),), renamed=True) for name, t in tensors.items()]
         return [self._group(members, tensors) for members in self._components(tensors)]
 
@@ -168,6 +184,24 @@ class CheckpointLayout:
         described = tuple(_describe(name, tensor) for name, tensor in outputs.items())
         same = len(members) == len(outputs) == 1 and next(iter(outputs.values())) is tensors[members[0]]
         return Group(members, described, renamed=same)
+
+
+def _with_conversions(model: Any, conversions: list[Any]) -> Any:
+    """The same model as another object, that knows these conversions only.
+
+    Some conversions ask the model for a parameter by its name, to compare shapes. Adapters have moved it, and under
+    ZeRO-3 it has none: what is being converted is found first.
+    """
+
+    class Converted(type(model)):  # type: ignore[misc]
+        def get_parameter(self, target: str) -> Any:
+            found = self.__dict__["_in_conversion"].get(target)
+            return super().get_parameter(target) if found is None else found
+
+    twin = copy.copy(model)  # its dicts of parameters and modules are the model's own
+    twin.__class__ = Converted
+    twin.__dict__.update(_weight_conversions=conversions, _in_conversion={})
+    return twin
 
 
 def _describe(name: str, tensor: Tensor) -> tuple[str, dtype, tuple[int, ...]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import os
 
 _MODEL, _ADAPTER = "config.json", "adapter_config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FOREIGN = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".npz": "NumPy", ".onnx": "ONNX"}
 
 
@@ -90,9 +90,9 @@ def _named_files(folder: Path, stem: str) -> list[str]:
 
 def _instead(folder: Path, stem: str) -> str:
     """What was expected, with the way there from what is in the folder."""
-    pickles = sorted({file.name for pattern in _PICKLES for file in folder.glob(pattern)} - _NO_WEIGHTS)
-    if pickles:
-        return _converted(pickles[0], stem)
+    unsafe = sorted({file.name for pattern in _UNSAFE_FILES for file in folder.glob(pattern)} - _NO_WEIGHTS)
+    if unsafe:
+        return _converted(unsafe[0], stem)
     others = sorted(file for file in folder.iterdir() if file.suffix in _FOREIGN)
     if others:
         kind = _FOREIGN[others[0].suffix]
