@@ -120,7 +120,7 @@ def test_a_packing_that_a_nested_config_names_is_refused(tmp_path: Path) -> None
     text = {**config["text_config"], "quantization_config": {"quant_method": "gptq", "bits": 4}}
     rewrite(tmp_path / "base", lambda _: None, text_config=text)
     adapt(packed_bases.build("llava"), **ATTENTION).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(LoadError, match=r"gptq"):
+    with pytest.raises(LoadError, match=r"GPTQ"):
         merge_to_disk(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
 
 

@@ -15,6 +15,7 @@ import torch
 from lorasync.errors import LoadError, Mismatch, MismatchError
 from lorasync.export.config import dtype_of, quantization_of
 from lorasync.kernels import dequantize_4bit
+from lorasync.quantization import STORED, Quantization, of_config, of_tensors
 from lorasync.quantization.block_scales import (
     check_scales,
     dequantize_fp8,
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 _BNB4 = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 _READ = ("bitsandbytes", "fp8", "mxfp8", "mxfp4")
+_CODES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+}
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub", "weight_activation_scale")
 
@@ -58,11 +67,15 @@ def check_method(config: dict[str, Any]) -> None:
     Raises:
         LoadError: Its config names a method whose weights can't be read back here.
     """
-    method = str((quantization_of(config) or {}).get("quant_method", "")).rpartition(".")[2].lower()
-    if method and method not in _READ:
+    _refuse_unread(of_config(config))
+
+
+def _refuse_unread(packed: Quantization) -> None:
+    if packed.kind not in STORED:
+        where = f" ({', '.join(packed.where[:3])} …)" if packed.where else ""
         raise LoadError(
-            f"base: got weights packed by {method}, expected plain ones, or packed by {', '.join(_READ)}. "
-            "Merge into the model in 16 bits that they were made from."
+            f"base: got weights packed by {packed.name}{where}, expected plain ones, or packed by "
+            f"{', '.join(_READ)}. Merge into the model in 16 bits that they were made from."
         )
 
 
@@ -80,6 +93,7 @@ class BaseWeights:
 
     def __init__(self, tensors: Tensors, config: dict[str, Any]) -> None:
         check_method(config)
+        _refuse_unread(of_tensors({name: _stored_as(tensors.describe(name)[0]) for name in tensors.names}))
         finder = _Finder(tensors, config)
         self._weights = dict(finder.find())
         if finder.wrong:
@@ -222,6 +236,11 @@ def _bitsandbytes(part: str) -> Any:
         raise LoadError(
             "base: got weights that bitsandbytes packed, and no bitsandbytes here. pip install 'lorasync[qlora]'."
         ) from error
+
+
+def _stored_as(dtype: torch.dtype) -> str:
+    """The dtype as safetensors spells it, as far as it can hold codes."""
+    return _CODES.get(dtype, "F32")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from lorasync.errors import LoadError
 from lorasync.kernels import dequantize_4bit
 from lorasync.memory import Weights, available_bytes, human
 from lorasync.presets import QuantPreset
+from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ def _already_quantized(path: object, method: str) -> str:
 
 def existing_quantization(path: object, config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the bitsandbytes settings of a pre-quantized checkpoint; refuse other methods."""
+    packed = of_config(config)
+    if packed.kind not in LOADED:
+        raise LoadError(_already_quantized(path, packed.name))
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
     settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = str(settings.get("quant_method", "an unknown method")).rpartition(".")[2].lower()
-    if method not in {"bitsandbytes", "bits_and_bytes"}:
-        raise LoadError(_already_quantized(path, method.upper()))
     return settings
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lorasync.errors import AdapterError, UngatheredError
 from lorasync.kernels import PackedBase, PlainBase, dequantize_4bit
+from lorasync.quantization import LIVE, companions, of_tensor, quant_state
+from lorasync.quantization.block_scales import dequantize_fp8
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
 
@@ -28,54 +30,51 @@ def tensor_of(module: nn.Module, attr: str) -> Tensor:
 
 
 def tensors_of(module: nn.Module) -> Iterator[str]:
-    """Name the parameters and persistent buffers of ``module`` itself, in `state_dict`'s order."""
-    yield from (name for name, param in module._parameters.items() if param is not None)
+    """Name the weights and persistent buffers of ``module`` itself, in `state_dict`'s order; no packed weight's scales."""
+    left_out = companions(module)
+    yield from (
+        name for name, param in module._parameters.items() if param is not None and name not in left_out
+    )
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name
 
 
 def packing(module: nn.Module, attr: str) -> str:
-    """Say how a tensor is held: "plain", "nf4", "fp4" or "int8".
+    """Say how a tensor is held: "plain", "nf4", "fp4", "int8" or "fp8".
 
     Raises:
-        AdapterError: A 4-bit weight that was never quantized.
+        AdapterError: Something else packed it, or it is a 4-bit weight that was never quantized.
     """
-    tensor = tensor_of(module, attr)
-    state = quant_state(module, attr)
-    if state is not None:
-        return str(state.quant_type)
-    if type(tensor).__name__ == "Params4bit":
-        raise AdapterError(
-            f"{attr}: got a 4-bit weight that was never quantized. Move the model to its device first."
-        )
-    return "int8" if type(tensor).__name__ == "Int8Params" and tensor.dtype == torch.int8 else "plain"
+    found = of_tensor(module, attr)
+    if found.kind not in LIVE:
+        raise AdapterError(found.refusal(attr))
+    return found.kind
 
 
-def quant_state(module: nn.Module, attr: str) -> Any:
-    """Return bitsandbytes' state of a 4-bit weight, or None; under FSDP2 only the module still has it."""
-    state = getattr(tensor_of(module, attr), "quant_state", None)
-    if state is None and attr == "weight" and type(module).__name__ == "Linear4bit":
-        state = getattr(module, "quant_state", None)
-    return state
+def scales_of(module: nn.Module, attr: str) -> tuple[str, ...]:
+    """Name the parameters that must be whole, too, to read a packed weight."""
+    return ("weight_scale_inv",) if attr == "weight" and companions(module) else ()
 
 
-def logical(module: nn.Module, attr: str, *, int8_dtype: torch.dtype) -> tuple[torch.dtype, tuple[int, ...]]:
+def logical(
+    module: nn.Module, attr: str, *, packed_dtype: torch.dtype
+) -> tuple[torch.dtype, tuple[int, ...]]:
     """Return the dtype and shape that a parameter has once it is whole and dequantized; nothing is gathered.
 
     Args:
         module: The module that owns it.
         attr: Its name there.
-        int8_dtype: What an 8-bit weight becomes: int8 does not say what it was.
+        packed_dtype: What an 8-bit weight becomes: its own dtype does not say what it was.
 
     Raises:
-        AdapterError: A 4-bit parameter that was never quantized.
+        AdapterError: A packed parameter that can't be read.
     """
     tensor, how = tensor_of(module, attr), packing(module, attr)
     if how in ("nf4", "fp4"):
         state = quant_state(module, attr)
         return state.dtype, tuple(state.shape)
-    return int8_dtype if how == "int8" else tensor.dtype, tuple(full_shape(tensor))
+    return packed_dtype if how in ("int8", "fp8") else tensor.dtype, tuple(full_shape(tensor))
 
 
 def merge_base(module: nn.Module, attr: str) -> Base | None:
@@ -116,6 +115,8 @@ def read(module: nn.Module, attr: str, *, name: str, whole: Whole = AS_HELD) -> 
         return tensor.detach()
     if how == "int8":
         return _dequantize_8bit(module, tensor, name)
+    if how == "fp8":
+        return _dequantize_fp8(module, tensor, whole, name)
     return _dequantize_4bit(tensor, quant_state(module, attr), name)
 
 
@@ -152,6 +153,17 @@ def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
     return dequantize_4bit(tensor.data, state)
 
 
+def _dequantize_fp8(module: Any, tensor: Tensor, whole: Whole, name: str) -> Tensor:
+    """In fp32, which holds a code times a scale exactly enough: what is served rounds it once."""
+    scales = whole(_onloaded(module, "weight_scale_inv"))
+    if is_sharded(scales):
+        raise UngatheredError(f"{name}: got a shard of its scales. Read it inside lorasync.zero.gathered().")
+    block = module.block_size
+    return dequantize_fp8(
+        tensor.data, scales.detach(), None if block is None else tuple(block), torch.float32
+    )
+
+
 def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -176,6 +188,9 @@ def scale_bound(module: nn.Module, attr: str) -> float | None:
     how = packing(module, attr)
     if how == "plain":
         return None
+    if how == "fp8":
+        limit = torch.finfo(tensor_of(module, attr).dtype).max
+        return limit * _largest(tensor_of(module, "weight_scale_inv").float())
     if how == "int8":
         return _largest(_scales_of(module, tensor_of(module, attr), attr))
     state = quant_state(module, attr)
@@ -194,7 +209,9 @@ def packed(module: nn.Module, attr: str, name: str, whole: Whole) -> Iterator[tu
     tensor: Any = whole(tensor_of(module, attr))
     yield name, tensor.detach().clone()
     state = quant_state(module, attr)
-    if state is not None:
+    if packing(module, attr) == "fp8":
+        yield f"{name}_scale_inv", whole(tensor_of(module, "weight_scale_inv")).detach().clone()
+    elif state is not None:
         state = state.as_dict(packed=True)
         yield from ((f"{name}.{key}", value.detach().clone()) for key, value in state.items())
     else:

@@ -11,11 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lorasync.errors import Mismatch, MismatchError
+from lorasync.errors import AdapterError, Mismatch, MismatchError
 from lorasync.kernels import PendingMerge
 from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, merge_and_round
+from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
-from lorasync.source.base import logical, merge_base, packing, read, tensor_of, tensors_of
+from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
 from lorasync.source.model import submodules
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape
@@ -51,7 +52,7 @@ class Slot:
 
     @property
     def packing(self) -> str:
-        """How the base parameter is held: "plain", "nf4", "fp4" or "int8"."""
+        """How the base parameter is held: "plain", "nf4", "fp4", "int8" or "fp8"."""
         return packing(self.module, self.attr)
 
     @property
@@ -62,7 +63,8 @@ class Slot:
     @property
     def params(self) -> list[Tensor]:
         """Every parameter that has to be whole while `make` runs."""
-        own = [self.held, *(param for step in self.steps for param in step.params)]
+        beside = [tensor_of(self.module, name) for name in scales_of(self.module, self.attr)]
+        own = [self.held, *beside, *(param for step in self.steps for param in step.params)]
         return own + (self.general.params() if self.general is not None else [])
 
     def make(
@@ -154,10 +156,14 @@ def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:
         adapters: The adapters to merge; ``None`` means each layer's active ones.
 
     Raises:
+        AdapterError: The base is packed by something that isn't read; it is named.
         UnmergeableError: An adapter has no merged form.
         MismatchError: Factors have shapes that don't fit their weights; all of them are named.
     """
-    found = list(_Walk(adapters, _int8_dtype(base)).module(base, ""))
+    packed = of_model(base)
+    if packed.kind not in LIVE:
+        raise AdapterError(packed.refusal(f"model ({type(base).__name__})"))
+    found = list(_Walk(adapters, _packed_dtype(base)).module(base, ""))
     wrong = [mismatch for slot in found for step in slot.steps for mismatch in _misfits(slot, step)]
     if wrong:
         raise MismatchError("The adapter's tensors don't fit the base.", wrong)
@@ -179,7 +185,7 @@ def _misfits(slot: Slot, step: layers.Step) -> Iterator[Mismatch]:
 @dataclass(frozen=True)
 class _Walk:
     adapters: Adapters
-    int8_dtype: torch.dtype
+    packed_dtype: torch.dtype
 
     def module(self, module: nn.Module, prefix: str) -> Iterator[Slot]:
         if isinstance(module, BaseTunerLayer):
@@ -217,7 +223,7 @@ class _Walk:
     ) -> Iterator[Slot]:
         general = [(layer, name) for layer, name in merged if not layers.spelled_out(layer, name)]
         for attr in tensors_of(module):
-            dtype, shape = logical(module, attr, int8_dtype=self.int8_dtype)
+            dtype, shape = logical(module, attr, packed_dtype=self.packed_dtype)
             slot = Slot(prefix + attr, dtype, shape, module, attr)
             if general:
                 yield _general(slot, merged)
@@ -245,8 +251,8 @@ def _general(slot: Slot, merged: list[tuple[Any, str]]) -> Slot:
     return Slot(slot.name, slot.dtype, slot.shape, slot.module, slot.attr, (), merge)
 
 
-def _int8_dtype(base: nn.Module) -> torch.dtype:
-    """What 8-bit weights are served as: the dtype that the model was loaded in."""
+def _packed_dtype(base: nn.Module) -> torch.dtype:
+    """What 8-bit weights (INT8, FP8) are served as: the dtype that the model was loaded in."""
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     if isinstance(dtype, str):  # as save_pretrained leaves it behind
         dtype = getattr(torch, dtype, None)

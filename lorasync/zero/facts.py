@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorasync.memory import skeleton
+from lorasync.quantization import LOADED, Quantization, of_config, of_model
 from lorasync.zero.gather import full_shape
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class ModelFacts:
     tied_adapted: tuple[str, ...] = ()
     fused_experts: tuple[str, ...] = ()
     initialized: bool = False
+    unread: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -129,6 +131,7 @@ def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
         tied_adapted=_tied_adapted(base),
         fused_experts=tuple(n for n, p in model.named_parameters() if _is_fused_expert(n, full_shape(p))),
         initialized=subject == "engine",
+        unread=_unread(of_model(model)),
     )
 
 
@@ -148,7 +151,13 @@ def _plan_facts(plan: ZeroPlan) -> ModelFacts:
         device_map_given=plan.device_map is not None,
         tied_adapted=_planned_tied(shapes, plan.lora),
         fused_experts=tuple(n for n, p in shapes.named_parameters() if _is_fused_expert(n, p.shape)),
+        unread=_unread(of_config(plan.config)),
     )
+
+
+def _unread(found: Quantization) -> str | None:
+    """Name what packed the weights where the rules know nothing about it: they are bitsandbytes'."""
+    return found.refusal("base") if found.kind not in LOADED else None
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -119,6 +119,19 @@ def all_reduce_fetch(case: Case) -> Iterator[Finding]:
         )
 
 
+def unread_base(case: Case) -> Iterator[Finding]:
+    """What holds for bitsandbytes' packed weights is known; of any other method nothing is."""
+    if case.model.unread:
+        yield Finding(
+            "unread-base",
+            "error",
+            "model",
+            case.model.subject,
+            f"{case.model.unread} What ZeRO does to such weights was never tried, and no source reads them all.",
+            "Judge, and train on, a plain base or one that load_quantized made.",
+        )
+
+
 def quantized_weights(case: Case) -> Iterator[Finding]:
     """ZeRO++ quantizes weights for communication: packed ones a second time, and by value."""
     key = "zero_quantized_weights" if case.config.quantized_weights else "zero_quantized_nontrainable_weights"
@@ -428,6 +441,7 @@ RULES: tuple[Rule, ...] = (
     repacked,
     avx512_trap,
     all_reduce_fetch,
+    unread_base,
     quantized_weights,
     nvme,
     device_map,
