@@ -358,7 +358,7 @@ def test_what_acts_on_activations_is_refused_with_the_alternative(kind: str) -> 
 def test_an_adapter_of_a_whole_block_is_refused_where_its_kind_is_not_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lorasync.source.model._ON_ACTIVATIONS", set())
+    monkeypatch.setattr("lorasync.source.trained._ON_ACTIVATIONS", set())
     with pytest.raises(UnmergeableError, match=r"model\.layers\.0: .*ShadowLayer.*whole block"):
         MergedSource(get_peft_model(build("llama"), NO_WEIGHTS["shadow"]()))
 

@@ -95,6 +95,7 @@ def apply_message(apply: Apply | None, source: Any) -> str:
     """
     from lorasync.fingerprint import to_json
     from lorasync.source import FactorSource, base_samples
+    from lorasync.source.scaling import refuse_rescaled
 
     if apply is None:
         if isinstance(source, FactorSource):
@@ -122,7 +123,10 @@ def apply_message(apply: Apply | None, source: Any) -> str:
                 )
             ],
         )
-    factors = {"spec": source.spec().to_json(), "samples": to_json(base_samples(source))}
+    spec = source.spec()
+    if isinstance(apply, ServeAdapter):
+        refuse_rescaled(spec)
+    factors = {"spec": spec.to_json(), "samples": to_json(base_samples(source))}
     if isinstance(apply, MergeInWorker):
         return json.dumps({"kind": "merge", "base": apply.base, **factors})
     return json.dumps({"kind": "adapter", "other_base": apply.other_base, **factors})

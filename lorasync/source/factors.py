@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
+from lorasync.errors import Mismatch, MismatchError, UnmergeableError
 from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
 from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.merged import ParamMeta
-from lorasync.source.model import base_of, pick_adapters, unwrap
+from lorasync.source.model import base_of, named, unwrap
+from lorasync.source.picked import picked
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
 from lorasync.source.ties import conflicts, tied_to
+from lorasync.source.trained import (
+    active_in,
+    beside,
+    check_still_active,
+    configs,
+    only_active,
+    pick_adapters,
+    refuse_trained,
+)
 from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, full_shape, is_sharded
 
@@ -185,9 +194,10 @@ def _saved(data: dict[str, Any]) -> FactorSaved:
 class _Plan:
     """What a pass sends, in order; it holds for as long as the model is built the same way."""
 
-    active: tuple[str, ...]
+    adapter: str
     built: Structure
     tensors: dict[str, Tensor]
+    beside: dict[str, Tensor]
     scalings: dict[str, float]
     finite: FiniteCheck
     sharded: bool
@@ -202,11 +212,12 @@ class FactorSource:
 
     Args:
         model: A PEFT model with a LoRA adapter, or DeepSpeed's engine or DDP around one.
-        adapter: Which adapter; ``None`` means the active one.
+        adapter: Which adapter; ``None`` means the one that is active now, and a push is refused once another is.
         check_finite: Refuse NaN and Inf before anything is yielded.
 
     Raises:
-        AdapterError: No adapter, not this one, several active ones, or one merged in place or disabled.
+        AdapterError: No adapter, not this one, several active ones, or one merged in place or disabled; or parameters
+            beside the adapter are trained, which factors alone would leave out.
         UnmergeableError: The adapter is no LoRA: there are no factors to send.
         MismatchError: Tensors don't have the rank that the layer says.
 
@@ -226,6 +237,7 @@ class FactorSource:
         self.check_finite = check_finite
         self._planned: _Plan | None = None
         self._lent = LastLent()
+        self._pinned = active_in(self.model) if adapter is None else None
         self.spec()
 
     def metadata(self) -> list[ParamMeta]:
@@ -272,7 +284,7 @@ class FactorSource:
             builder.add(slot, shared=slot.name in ties)
         if builder.wrong:
             raise MismatchError("The adapter's tensors don't fit its layers.", builder.wrong)
-        config = json.loads(json.dumps(_config(self.model, adapter).to_dict(), default=_plain))
+        config = json.loads(json.dumps(configs(self.model)[adapter].to_dict(), default=_plain))
         return FactorSpec(
             adapter=adapter,
             config=config,
@@ -305,57 +317,51 @@ class FactorSource:
 
     def _adapter(self) -> str:
         chosen = pick_adapters(self.model, self.adapter)
-        names = chosen if chosen is not None else _active(self.model)
-        if len(names) != 1:
-            raise AdapterError(
-                f"adapter: got {list(names)} active, expected one. Name it: FactorSource(model, adapter=…). "
-                "To push several as one, combine them with add_weighted_adapter or use MergedSource."
-            )
-        kind = _config(self.model, names[0]).peft_type
+        if chosen is None:
+            check_still_active(self.model, self._pinned)
+        name = only_active(self.model) if chosen is None else chosen[0]
+        kind = configs(self.model)[name].peft_type
         if str(getattr(kind, "value", kind)) not in ("LORA", "TRAINABLE_TOKENS"):
             raise UnmergeableError(
-                f"adapter {names[0]!r}: got {kind}, expected LoRA: there are no factors to send. "
+                f"adapter {name!r}: got {kind}, expected LoRA: there are no factors to send. "
                 "Use MergedSource, which merges every method that PEFT can merge."
             )
-        return names[0]
+        return name
 
     def _checked(self) -> _Plan:
         """The plan of a pass, whose values are finite: a GPU looks at them while the model's structure is compared."""
         before = self._planned
         end = before.finite.begin() if before is not None and self.check_finite else None
         plan = self._plan()
+        refuse_trained(plan.beside, plan.adapter)
         if self.check_finite:
             (end if end is not None and plan is before else plan.finite.begin())()
         return plan
 
     def _plan(self) -> _Plan:
         """What there is to send, looked for again if the model is not built as it was."""
-        active, before = _active(self.model), self._planned
-        if before is not None and before.active == active and before.built.holds():
+        before = self._planned
+        if before is not None and before.built.holds():
             return before
         adapter = self._adapter()
-        tensors = self._picked(adapter)
+        tensors = picked(self.model, adapter, bias=str(getattr(configs(self.model)[adapter], "bias", "none")))
+        others = beside(self.model, [*tensors.values(), *self._excluded(adapter)])
+        refuse_trained(others, adapter)
         scaled = {
-            name: float(layer.scaling[adapter])
-            for name, layer in self.model.named_modules()
-            if isinstance(getattr(layer, "scaling", None), dict) and adapter in layer.scaling
+            f"base_model.model.{path}": float(layer.scaling[adapter])
+            for path, layer in named(base_of(self.model))
+            if isinstance(layer, BaseTunerLayer) and adapter in getattr(layer, "scaling", {})
         }
         finite = FiniteCheck([Input(name, tensor) for name, tensor in tensors.items()])
         sharded = any(map(can_be_sharded, tensors.values()))
-        self._planned = _Plan(active, Structure(self.model), tensors, scaled, finite, sharded)
+        self._planned = _Plan(adapter, Structure(self.model), tensors, others, scaled, finite, sharded)
         return self._planned
 
-    def _picked(self, adapter: str) -> dict[str, Tensor]:
-        """PEFT itself picks and renames."""
-        held: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        held.update(self.model.named_buffers(remove_duplicate=False))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picked: dict[str, Tensor] = get_peft_model_state_dict(
-                self.model, state_dict=held, adapter_name=adapter, save_embedding_layers=False
-            )
-        prefix = "" if isinstance(self.model, PeftModel | PeftMixedModel) else "base_model.model."
-        return {prefix + name: tensor for name, tensor in picked.items()}
+    def _excluded(self, adapter: str) -> Iterator[Tensor]:
+        """What whoever names one adapter leaves out on purpose: the others."""
+        for other in configs(self.model) if self.adapter is not None else ():
+            if other != adapter:
+                yield from picked(self.model, other).values()
 
 
 class _Builder:
@@ -432,15 +438,6 @@ def _checkpoint_names(base: nn.Module, found: list[Slot]) -> dict[str, tuple[str
         outputs = tuple(name for name, _, _ in group.outputs)
         names.update(dict.fromkeys(group.members, outputs if group.renamed else ("", *outputs)))
     return names
-
-
-def _config(model: Any, adapter: str) -> Any:
-    return model.peft_config[adapter]
-
-
-def _active(model: Any) -> tuple[str, ...]:
-    active = model.active_adapters
-    return tuple(active() if callable(active) else active)
 
 
 def _mutating_init(config: dict[str, Any]) -> str | None:

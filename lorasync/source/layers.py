@@ -18,13 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lorasync.errors import UnmergeableError
 from lorasync.merge import LowRank, merge_low_rank, replace_rows
+from lorasync.source.model import transparent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
-    from lorasync.source.model import Adapters
+    from lorasync.source.trained import Adapters
     from lorasync.source.whole import Whole
 
 _DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
@@ -199,4 +200,6 @@ def chain_of(layer: nn.Module) -> tuple[list[BaseTunerLayer], nn.Module]:
     while isinstance(inner, BaseTunerLayer):
         chain.append(inner)
         inner = inner.base_layer
+        while (wrapped := transparent(inner)) is not None:
+            inner = wrapped
     return chain[::-1], inner

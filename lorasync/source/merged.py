@@ -12,10 +12,11 @@ from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.finite import FiniteCheck, Fit, check_fits, inputs_of
-from lorasync.source.model import base_of, pick_adapters, unwrap
+from lorasync.source.model import base_of, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
 from lorasync.source.ties import check_updates, sharing, untied
+from lorasync.source.trained import active_in, check_still_active, pick_adapters
 from lorasync.source.whole import AS_HELD, Whole, whole
 from lorasync.zero import can_be_sharded, is_sharded
 
@@ -71,7 +72,8 @@ class MergedSource:
 
     Args:
         model: A PEFT model, or DeepSpeed's engine or DDP around one.
-        adapter: The adapter to merge, or several in order; ``None`` means the active ones.
+        adapter: The adapter to merge, or several in order; ``None`` means the ones that are active now, and a push is
+            refused once others are.
         dtype: What floating-point weights are served as; ``None`` keeps each weight's own dtype (for a 4-bit
             base the dtype that it dequantizes to, for an 8-bit base the model's).
         check_finite: Refuse NaN and Inf before anything is yielded.
@@ -113,6 +115,7 @@ class MergedSource:
         self._cut: tuple[Any, list[Group]] = (None, [])
         self._planned: _Plan | None = None
         self._lent = LastLent()
+        self._pinned = active_in(self.model) if adapter is None else None
         self.metadata()
 
     def metadata(self) -> list[ParamMeta]:
@@ -210,6 +213,8 @@ class MergedSource:
         if before is not None and before.settings == settings and before.built.holds():
             return before
         built = Structure(self.model)
+        if self.adapter is None:
+            check_still_active(self.model, self._pinned)
         everything = slots(base_of(self.model), pick_adapters(self.model, self.adapter))
         stored = self._stored(everything)
         params = {id(param): param for slot in stored.values() for param in slot.params}

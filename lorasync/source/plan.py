@@ -17,16 +17,14 @@ from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, 
 from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
 from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
-from lorasync.source.model import submodules
+from lorasync.source.model import submodules, transparent
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.source.model import Adapters
-
-_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    from lorasync.source.trained import Adapters
 
 
 @dataclass(frozen=True)
@@ -194,10 +192,10 @@ class _Walk:
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield from self.module(self._live(module), prefix)
             return
-        for name in _TRANSPARENT:
-            if name in module._modules:
-                yield from self.module(getattr(module, name), prefix)
-                return
+        inner = transparent(module)
+        if inner is not None:
+            yield from self.module(inner, prefix)
+            return
         yield from self._own(module, prefix, [])
         yield from self._children(module, prefix)
 

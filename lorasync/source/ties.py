@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
+from lorasync.source.model import named
 from lorasync.source.whole import Whole, whole
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def sharing(slots: list[Slot]) -> list[list[Slot]]:
 def _declared(base: nn.Module) -> list[str]:
     """Name patterns of tied keys (``transformers.modeling_utils._get_tied_weight_keys``)."""
     patterns: list[str] = []
-    for path, module in base.named_modules():
+    for path, module in named(base):
         keys = getattr(module, "_tied_weights_keys", None) or {}
         patterns += [f"{path}.{key}" if path else key for key in keys]
     return patterns

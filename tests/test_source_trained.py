@@ -1,0 +1,199 @@
+"""What is trained is what travels: active adapters, every trained parameter, each layer's own scaling."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+import lorasync as ls
+from lorasync.errors import AdapterError, MismatchError
+from lorasync.push.apply import MergeInWorker, ServeAdapter, apply_message
+from tests.models import move, tiny_llama, with_adapter
+
+SOURCES = [ls.MergedSource, ls.FactorSource]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_model_without_an_active_adapter_is_refused(kind: Any) -> None:
+    policy = with_adapter(tiny_llama())
+    source = kind(policy)
+    policy.base_model.set_adapter([])
+    with pytest.raises(AdapterError, match="no active adapter"):
+        kind(policy)
+    with pytest.raises(AdapterError, match="active"):
+        dict(source)
+    assert kind(policy, adapter="default").metadata()
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_model_whose_only_adapter_was_deleted_is_refused(kind: Any) -> None:
+    policy = with_adapter(tiny_llama())
+    source = kind(policy)
+    policy.delete_adapter("default")
+    for use in (lambda: kind(policy), lambda: dict(source)):
+        with pytest.raises(AdapterError):
+            use()
+
+
+def test_an_adapter_that_sleeps_in_some_layers_is_no_set_of_factors() -> None:
+    policy = with_adapter(tiny_llama())
+    policy.base_model.model.model.layers[0].mlp.up_proj.set_adapter([])
+    with pytest.raises(AdapterError, match=r"switched off in model\.layers\.0\.mlp\.up_proj"):
+        ls.FactorSource(policy)
+    merged = dict(ls.MergedSource(policy))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(merged[name], tiny_llama().get_parameter(name))
+
+
+def train_norms(policy: Any) -> None:
+    policy.base_model.model.model.norm.requires_grad_(True)
+
+
+def train_embedding(policy: Any) -> None:
+    policy.get_input_embeddings().requires_grad_(True)
+
+
+def train_adapted_weight(policy: Any) -> None:
+    policy.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
+
+
+def train_second_adapter(policy: Any) -> None:
+    policy.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, param in policy.named_parameters():
+        if ".second." in name:
+            param.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [train_norms, train_embedding, train_adapted_weight, train_second_adapter])
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_what_is_trained_beside_the_adapter_is_refused_by_name(change: Any, afterwards: bool) -> None:
+    policy = with_adapter(tiny_llama())
+    source = ls.FactorSource(policy) if afterwards else None
+    change(policy)
+    with pytest.raises(
+        AdapterError, match=r"trained beside adapter 'default'.*MergedSource.*modules_to_save"
+    ):
+        dict(source) if source else ls.FactorSource(policy)
+    if source:
+        with pytest.raises(AdapterError, match="trained beside"):
+            source.lend()
+    assert dict(ls.MergedSource(policy))
+
+
+def test_a_named_adapter_leaves_the_others_out() -> None:
+    policy = with_adapter(tiny_llama())
+    train_second_adapter(policy)
+    assert not any("second" in name for name, _ in ls.FactorSource(policy, adapter="default"))
+    train_norms(policy)
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
+        ls.FactorSource(policy, adapter="default")
+
+
+def test_nothing_that_requires_grad_is_a_policy_too() -> None:
+    policy = with_adapter(tiny_llama()).requires_grad_(False)
+    assert dict(ls.FactorSource(policy))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_travel_or_are_refused(bias: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], bias=bias)
+    policy = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad and "lora_" not in n}
+    spec = ls.FactorSource(policy).spec()
+    assert {saved.weight for saved in spec.saved} == ({"0.bias", "1.bias"} if bias == "all" else {"0.bias"})
+    assert len(spec.saved) == len(trained)
+
+
+WORDS = ["mlp", "model", "weight", "layers", "lora_A", "0", "default", "base_layer", "q_proj"]
+
+
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("other", ["mlp", "second"])
+def test_an_adapters_name_may_be_any_word(name: str, other: str) -> None:
+    if name == other:
+        return
+    settings: dict[str, Any] = {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "up_proj", "embed_tokens"],
+    }
+    expected = with_adapter(tiny_llama(), **settings)
+    policy = get_peft_model(tiny_llama(), LoraConfig(**settings), adapter_name=name)
+    policy.add_adapter(other, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    move(policy, seed=1)
+    theirs = dict(expected.named_parameters())
+    for key, param in policy.named_parameters():
+        parts = key.split(".")
+        if parts[-1] == name or (len(parts) > 1 and parts[-2] == name and "lora_" in parts[-3]):
+            parts[-1 if parts[-1] == name else -2] = "default"
+            theirs[".".join(parts)].data.copy_(param.data)
+    assert same(dict(ls.FactorSource(policy)), dict(ls.FactorSource(expected)))
+    assert same(dict(ls.MergedSource(policy)), dict(ls.MergedSource(expected)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 5]},
+        {"target_modules": ["embed_tokens", "q_proj"], "lora_bias": False},
+        {"bias": "all"},
+    ],
+)
+def test_what_is_picked_is_what_peft_saves(settings: dict[str, Any]) -> None:
+    policy = with_adapter(tiny_llama(attention_bias=True), **settings)
+    saved = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    assert same(dict(ls.FactorSource(policy)), {name: t.detach() for name, t in saved.items()})
+
+
+def scaled(policy: Any) -> None:
+    policy.base_model.model.model.layers[0].mlp.up_proj.scale_layer(0.25)
+
+
+def set_scale(policy: Any) -> None:
+    policy.base_model.model.model.layers[0].mlp.up_proj.set_scale("default", 3)
+
+
+@pytest.mark.parametrize("change", [scaled, set_scale])
+def test_lora_slots_refuse_a_layer_whose_scaling_is_not_its_configs(change: Any) -> None:
+    policy = with_adapter(tiny_llama())
+    change(policy)
+    source = ls.FactorSource(policy)
+    with pytest.raises(MismatchError, match=r"layers\.0\.mlp\.up_proj.*MergeInWorker") as raised:
+        apply_message(ServeAdapter("policy"), source)
+    assert len(raised.value.mismatches) == 1
+    sent = json.loads(apply_message(MergeInWorker("device"), source))
+    spec = ls.FactorSpec.from_json(sent["spec"])
+    own = policy.base_model.model.model.layers[0].mlp.up_proj.scaling["default"]
+    assert [m.scaling for m in spec.modules if "layers.0.mlp.up_proj" in m.weight] == [own]
+
+
+def test_a_scaling_that_was_undone_is_served() -> None:
+    policy = with_adapter(tiny_llama())
+    scaled(policy)
+    policy.base_model.model.model.layers[0].mlp.up_proj.unscale_layer()
+    assert apply_message(ServeAdapter("policy"), ls.FactorSource(policy))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"up_proj": 3, r"layers\.1\.self_attn\.q_proj": 5}},
+        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"down_proj": 7}},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+)
+def test_scalings_that_a_config_gives_are_served(settings: dict[str, Any]) -> None:
+    assert apply_message(ServeAdapter("policy"), ls.FactorSource(with_adapter(tiny_llama(), **settings)))
