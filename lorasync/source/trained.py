@@ -150,7 +150,8 @@ def refuse_trained(others: dict[str, Tensor], adapter: str) -> None:
     raise AdapterError(
         f"{len(trained)} parameters are trained beside adapter {adapter!r} and are no part of it: {_listed(trained)}. "
         "Factors alone would leave them out. Use MergedSource, which serves every weight as it is; or train them as "
-        f"part of the adapter: LoraConfig(modules_to_save={modules[:_SHOWN]}). If they are not trained: requires_grad_(False)."
+        f"part of the adapter: LoraConfig(modules_to_save={modules[:_SHOWN]}). If they are not "
+        "trained: requires_grad_(False)."
     )
 
 
