@@ -180,7 +180,7 @@ def _useless(key: str, value: str, stage: int, needed: str) -> Finding:
 
 
 def device_map(case: Case) -> Iterator[Finding]:
-    """A model that is spread over devices can't be one rank's case.model."""
+    """A model that is spread over devices can't be one rank's model."""
     if len(case.model.device_map) > 1:
         yield Finding(
             "device-map",
@@ -303,7 +303,7 @@ def whole_load(case: Case) -> Iterator[Finding]:
             "3",
             "transformers skips zero.Init for quantized models: every rank loads the whole quantized model "
             "and is sharded by deepspeed.initialize.",
-            "Make sure that one device holds the whole quantized case.model.",
+            "Make sure that one device holds the whole quantized model.",
         )
 
 
