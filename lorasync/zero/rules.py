@@ -357,6 +357,19 @@ def fsdp2_storage(case: Case) -> Iterator[Finding]:
             )
 
 
+def ignored_keys(case: Case) -> Iterator[Finding]:
+    """What DeepSpeed doesn't know it ignores; a key that is a known one misspelt is refused before any rule."""
+    for unknown in case.config.ignored:
+        yield Finding(
+            "ignored-key",
+            "warning",
+            unknown.key,
+            "set",
+            "DeepSpeed has no such key and ignores it without a word.",
+            "Remove it, or put an underscore in front if it is a remark.",
+        )
+
+
 def auto_precision(case: Case) -> Iterator[Finding]:
     """A precision of "auto" leaves the most important question open."""
     if case.config.engine_dtype is None:
@@ -435,6 +448,7 @@ RULES: tuple[Rule, ...] = (
     reentrant,
     fsdp2_storage,
     old_stack,
+    ignored_keys,
     auto_precision,
     offload_stage,
     kbit_upcast,
