@@ -7,10 +7,15 @@ it into the objects that transformers, PEFT and DeepSpeed take; their keywords o
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasync.errors import Mismatch, MismatchError, ZeroIncompatibilityError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     import torch
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 # Elements. DeepSpeed allocates a whole bucket however few gradients there are; its default, 500 M, is 1 GB
 # in bf16.
 REDUCE_BUCKET = 50_000_000
+
+_ALSO_CALLED = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha"}
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "cpu"]
@@ -51,6 +58,9 @@ class QuantPreset:
                 it must be uint8 or the engine's dtype, under FSDP2 the dtype of the other parameters.
             **overrides: entries of `BitsAndBytesConfig`, for example ``llm_int8_skip_modules=["lm_head"]``.
 
+        Raises:
+            MismatchError: An entry that `BitsAndBytesConfig` doesn't have, which it would ignore.
+
         Example:
             >>> NF4.bnb_config().bnb_4bit_quant_type
             'nf4'
@@ -58,6 +68,7 @@ class QuantPreset:
         import torch
         from transformers import BitsAndBytesConfig
 
+        _refuse_unknown("BitsAndBytesConfig", overrides, _parameters(BitsAndBytesConfig))
         if self.bits == 8:
             return BitsAndBytesConfig(**{"load_in_8bit": True, **overrides})
         settings = {
@@ -105,12 +116,16 @@ class TrainPreset:
         Args:
             **overrides: entries of `LoraConfig`.
 
+        Raises:
+            MismatchError: An entry that this release's `LoraConfig` doesn't have.
+
         Example:
             >>> QLORA_ZERO2.lora_config(r=8).r
             8
         """
         from peft import LoraConfig
 
+        _refuse_unknown("LoraConfig", overrides, _parameters(LoraConfig))
         settings = {
             "task_type": "CAUSAL_LM",
             "r": self.r,
@@ -126,6 +141,9 @@ class TrainPreset:
         Args:
             **overrides: top-level keys of the DeepSpeed config. Dicts are merged key by key, other values
                 replace, None removes the key.
+
+        Raises:
+            ZeroIncompatibilityError: A key, at any level, that DeepSpeed doesn't know, or a value that it refuses.
 
         Example:
             >>> config = QLORA_ZERO2.deepspeed_config(train_micro_batch_size_per_gpu=8, gradient_clipping=0.5)
@@ -143,7 +161,21 @@ class TrainPreset:
             config[self.precision] = {"enabled": True}
         if "gradient_accumulation_steps" in overrides and "train_batch_size" not in overrides:
             config.pop("train_batch_size", None)
-        return _merged(config, overrides)
+        if not overrides:
+            return config
+        self._refuse_own(overrides)
+        return _accepted(_merged(config, _by_names_in(config, overrides)))
+
+    def _refuse_own(self, overrides: Mapping[str, Any]) -> None:
+        """Refuse the preset's own fields where keys of DeepSpeed are meant."""
+        own = {_squeezed(field.name): field.name for field in fields(self)}
+        wrong = [key for key in overrides if _squeezed(key) in own]
+        if wrong:
+            changes = ", ".join(f"{own[_squeezed(key)]}={overrides[key]!r}" for key in wrong)
+            raise ZeroIncompatibilityError(
+                f"deepspeed_config(): got {', '.join(wrong)}, expected keys of a DeepSpeed config. Did you mean "
+                f"dataclasses.replace({self.name}, {changes}).deepspeed_config()?"
+            )
 
     def _batch(self) -> dict[str, int]:
         batch = {"train_micro_batch_size_per_gpu": self.micro_batch}
@@ -170,6 +202,53 @@ class TrainPreset:
         if self.optimizer_offload != "none":
             zero["offload_optimizer"] = {"device": self.optimizer_offload, "pin_memory": True}
         return zero
+
+
+def _accepted(config: dict[str, Any]) -> dict[str, Any]:
+    """Have the guard read a config that somebody had a hand in; what DeepSpeed would ignore is refused here."""
+    from lorasync.zero import read_settings  # it needs torch
+
+    ignored = read_settings(config).ignored
+    if ignored:
+        raise ZeroIncompatibilityError(
+            "\n  ".join(["deepspeed_config(): got wrong keys:", *map(str, ignored)])
+        )
+    return config
+
+
+def _by_names_in(config: Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Rename settings of ``zero_optimization`` that DeepSpeed takes under two names to the one that is there."""
+    from lorasync.zero.section import aliases  # it needs torch
+
+    zero = overrides.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return overrides
+    other = {name: alias for name, alias in aliases().items() if alias in config["zero_optimization"]}
+    given = {other[key] if key in other and other[key] not in zero else key: v for key, v in zero.items()}
+    return {**overrides, "zero_optimization": given}
+
+
+def _refuse_unknown(owner: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse arguments that a constructor doesn't have, all at once, with the names that were meant."""
+    from lorasync.zero.unknown import nearest  # it needs torch
+
+    names = sorted(known)
+    near = {key: _ALSO_CALLED.get(key) or nearest(key, names) for key in given if key not in names}
+    if near:
+        fixes = {key: f"Did you mean {name}?" if name else "Leave it out." for key, name in near.items()}
+        raise MismatchError(
+            f"{owner} doesn't have all that was given.",
+            [Mismatch(key, repr(given[key]), f"an entry of {owner}", fix) for key, fix in fixes.items()],
+        )
+
+
+def _parameters(kind: type) -> list[str]:
+    found = inspect.signature(kind).parameters.values()
+    return [each.name for each in found if each.kind is not inspect.Parameter.VAR_KEYWORD]
+
+
+def _squeezed(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+from lorasync.errors import MismatchError, ZeroIncompatibilityError
 from lorasync.presets import FP4, INT8, LORA_ZERO3, NF4, QLORA_ZERO2
 from lorasync.zero import read_settings
 
@@ -70,3 +71,75 @@ def test_precision_is_the_engines_dtype(precision: str, dtype: torch.dtype | Non
     expected = torch.float32 if dtype is None else dtype
     assert preset.dtype == expected
     assert read_settings(preset.deepspeed_config()).engine_dtype == expected
+
+
+# ── what isn't known
+# ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("key", ["micro_batch", "microbatch", "MicroBatch"])
+def test_a_field_of_the_preset_is_no_key_of_deepspeed(key: str):
+    with pytest.raises(ZeroIncompatibilityError, match=r"replace\(QLORA_ZERO2, micro_batch=4\)"):
+        QLORA_ZERO2.deepspeed_config(**{key: 4})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "meant"),
+    [
+        ({"train_microbatch_size": 4}, "train_micro_batch_size_per_gpu"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimization"),
+        ({"zero_optimization": {"stge": 3}}, r"zero_optimization\.stage"),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            r"zero_optimization\.offload_param\.device",
+        ),
+        ({"optimizer": {"params": {"leanring_rate": 1, "beta": 0}}}, r"optimizer\.params\.betas"),
+        ({"bf16": {"enable": True}}, r"bf16\.enabled"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_near_name(overrides: dict[str, object], meant: str):
+    with pytest.raises(ZeroIncompatibilityError, match=rf"Did you mean {meant}\?"):
+        QLORA_ZERO2.deepspeed_config(**overrides)
+
+
+def test_a_key_that_deepspeed_would_ignore_is_refused_even_if_it_resembles_none():
+    with pytest.raises(ZeroIncompatibilityError, match="colour"):
+        QLORA_ZERO2.deepspeed_config(colour=4)
+
+
+def test_overrides_that_contradict_the_preset_are_refused():
+    with pytest.raises(ZeroIncompatibilityError, match="both true"):
+        QLORA_ZERO2.deepspeed_config(fp16={"enabled": True})
+    assert QLORA_ZERO2.deepspeed_config(fp16={"enabled": True}, bf16=None)["fp16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    "name", ["gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"]
+)
+@pytest.mark.parametrize("value", [False, None])
+def test_a_setting_is_overridden_under_either_name(name: str, value: object):
+    config = LORA_ZERO3.deepspeed_config(zero_optimization={name: value})
+    assert read_settings(config).zero["gather_16bit_weights_on_model_save"] is False
+    assert read_settings(LORA_ZERO3.deepspeed_config()).zero["gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("rank", "r"),
+        ("alpha", "lora_alpha"),
+        ("target_module", "target_modules"),
+        ("dropout", "lora_dropout"),
+        ("use_rs_lora", "use_rslora"),
+    ],
+)
+def test_unknown_entries_of_a_lora_config_are_refused_with_the_near_name(given: str, meant: str):
+    with pytest.raises(MismatchError, match=rf"{given}: got 4, .*Did you mean {meant}\?"):
+        QLORA_ZERO2.lora_config(**{given: 4})
+
+
+def test_unknown_entries_of_a_bitsandbytes_config_are_refused_and_not_ignored():
+    with pytest.raises(MismatchError, match=r"Did you mean bnb_4bit_quant_type\?"):
+        NF4.bnb_config(bnb_4bit_quant_typ="fp4")
+    with pytest.raises(MismatchError, match=r"Did you mean llm_int8_skip_modules\?"):
+        INT8.bnb_config(skip_modules=["lm_head"])
+    with pytest.raises(MismatchError, match=r"(?s)colour.*Leave it out.*weight"):
+        NF4.bnb_config(colour=1, weight=2)

@@ -193,7 +193,7 @@ def _useless(key: str, value: str, stage: int, needed: str) -> Finding:
 
 
 def device_map(case: Case) -> Iterator[Finding]:
-    """A model that is spread over devices can't be one rank's case.model."""
+    """A model that is spread over devices can't be one rank's model."""
     if len(case.model.device_map) > 1:
         yield Finding(
             "device-map",
@@ -316,7 +316,7 @@ def whole_load(case: Case) -> Iterator[Finding]:
             "3",
             "transformers skips zero.Init for quantized models: every rank loads the whole quantized model "
             "and is sharded by deepspeed.initialize.",
-            "Make sure that one device holds the whole quantized case.model.",
+            "Make sure that one device holds the whole quantized model.",
         )
 
 
@@ -368,6 +368,19 @@ def fsdp2_storage(case: Case) -> Iterator[Finding]:
                 f"Load with storage_dtype=torch.{_name(expected)}.",
                 "Cannot flatten integer dtype tensors",
             )
+
+
+def ignored_keys(case: Case) -> Iterator[Finding]:
+    """What DeepSpeed doesn't know it ignores; a key that is a known one misspelt is refused before any rule."""
+    for unknown in case.config.ignored:
+        yield Finding(
+            "ignored-key",
+            "warning",
+            unknown.key,
+            "set",
+            "DeepSpeed has no such key and ignores it without a word.",
+            "Remove it, or put an underscore in front if it is a remark.",
+        )
 
 
 def auto_precision(case: Case) -> Iterator[Finding]:
@@ -449,6 +462,7 @@ RULES: tuple[Rule, ...] = (
     reentrant,
     fsdp2_storage,
     old_stack,
+    ignored_keys,
     auto_precision,
     offload_stage,
     kbit_upcast,

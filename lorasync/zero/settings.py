@@ -12,6 +12,9 @@ from typing import Any, Literal
 import torch
 
 from lorasync.errors import ZeroIncompatibilityError
+from lorasync.zero.keys import ZERO
+from lorasync.zero.section import flag, known_keys, read_section, twice
+from lorasync.zero.unknown import UnknownKey, unknown_keys
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,7 +31,8 @@ class ZeroSettings:
     """What of a training config matters to the guard.
 
     ``engine_dtype`` is None where the config says "auto" and nobody has resolved it yet. ``raw`` is the
-    DeepSpeed config as it was given.
+    DeepSpeed config as it was given, which is not compared: configs that say the same under other names are equal.
+    ``zero`` has the fields of ``zero_optimization`` by DeepSpeed's own names, ``ignored`` the keys that DeepSpeed ignores.
     """
 
     source: str
@@ -42,7 +46,9 @@ class ZeroSettings:
     quantized_nontrainable_weights: bool = False
     all_reduce_fetch: bool = False
     auto: tuple[str, ...] = ()
-    raw: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[UnknownKey, ...] = ()
 
     @property
     def sharded(self) -> bool:
@@ -53,13 +59,17 @@ class ZeroSettings:
 def read_settings(config: Any) -> ZeroSettings:
     """Read the settings out of a training config.
 
+    DeepSpeed's own config model reads ``zero_optimization`` where DeepSpeed is installed, and a table elsewhere: a field's
+    name counts as well as its alias (``use_all_reduce_for_fetch_params``, ``stage3_use_all_reduce_for_fetch_params``).
+
     Args:
         config: a DeepSpeed config as a dict or the path of a JSON file; an `HfDeepSpeedConfig`; transformers'
             `TrainingArguments`; accelerate's `DeepSpeedPlugin` or `FullyShardedDataParallelPlugin` (version
             2); a DeepSpeed engine; or `Fsdp2`.
 
     Raises:
-        ZeroIncompatibilityError: the file is missing or no JSON, or the object is none of these.
+        ZeroIncompatibilityError: the file is missing or no JSON, the object is none of these, a key is misspelt or
+            there under two names, or DeepSpeed refuses a value.
 
     Example:
         >>> read_settings({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}).stage
@@ -92,13 +102,13 @@ def read_settings(config: Any) -> ZeroSettings:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_pairs_hook=_each_once)
     except OSError as error:
         raise ZeroIncompatibilityError(
             f"ds_config: got {path}, which can't be read ({error.strerror}), expected a JSON file. Check "
             "the path."
         ) from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ZeroIncompatibilityError(
             f"ds_config: got {path}, which is no JSON ({error}), expected a DeepSpeed config. Correct the "
             "file."
@@ -107,6 +117,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ZeroIncompatibilityError(
             f"ds_config: got {path} with a {type(found).__name__} in it, expected an object. Correct the "
             "file."
+        )
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice in one section, as DeepSpeed does; Python takes the last one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        again = sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1})
+        raise ZeroIncompatibilityError(
+            f"ds_config: got {', '.join(again)} more than once in one section, expected each key once. Correct the file."
         )
     return found
 
@@ -133,36 +154,79 @@ def _from_fsdp_plugin(plugin: Any) -> ZeroSettings:
 
 
 def _from_dict(config: Mapping[str, Any], source: str, fallback: torch.dtype | None = None) -> ZeroSettings:
-    zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ZeroIncompatibilityError(
-            f"zero_optimization.stage: got {stage!r} in {source}, expected 0, 1, 2 or 3. Correct the config."
-        )
+    unknown = unknown_keys(config, known_keys())
+    given = _zero_of(config, source)
+    _refuse_all([str(each) for each in unknown if each.wrong] + twice(given), source)
+    stage = _stage(given.get("stage", 0), source)
+    zero = read_section(given, source)
     return ZeroSettings(
         source=source,
         stage=stage,
         engine_dtype=_engine_dtype(config, fallback),
-        optimizer_offload=_offload(zero, "offload_optimizer", "cpu_offload"),
-        param_offload=_offload(zero, "offload_param", "cpu_offload_params"),
+        optimizer_offload=_device(zero, "offload_optimizer"),
+        param_offload=_device(zero, "offload_param"),
         hpz=_number(zero.get("zero_hpz_partition_size"), 1),
-        quantized_weights=zero.get("zero_quantized_weights") is True,
-        quantized_nontrainable_weights=zero.get("zero_quantized_nontrainable_weights") is True,
-        all_reduce_fetch=zero.get("stage3_use_all_reduce_for_fetch_params") is True,
+        quantized_weights=bool(zero.get("zero_quantized_weights")),
+        quantized_nontrainable_weights=bool(zero.get("zero_quantized_nontrainable_weights")),
+        all_reduce_fetch=bool(zero.get("use_all_reduce_for_fetch_params")),
         auto=tuple(_auto_keys(config)),
+        zero=zero,
+        ignored=tuple(each for each in unknown if not each.wrong),
         raw=config,
+    )
+
+
+def _refuse_all(wrong: list[str], source: str) -> None:
+    if wrong:
+        raise ZeroIncompatibilityError("\n  ".join([f"ds_config: got {source} with wrong keys:", *wrong]))
+
+
+def _zero_of(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Return the section; true and false are its deprecated forms, for stage 1 and none."""
+    zero = config.get(ZERO)
+    if zero is None or isinstance(zero, bool):
+        return {"stage": int(bool(zero))}
+    return _section(config, ZERO, source)
+
+
+def _section(config: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    found = config.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ZeroIncompatibilityError(
+            f"{key}: got {found!r} in {source}, expected a section ({{…}}). Correct the config."
+        )
+    return found or {}
+
+
+def _stage(value: Any, source: str) -> int:
+    for stage in range(4):
+        if value == stage or value == str(stage):
+            return stage
+    raise ZeroIncompatibilityError(
+        f"{ZERO}.stage: got {value!r} in {source}, expected 0, 1, 2 or 3. Correct the config."
     )
 
 
 def _engine_dtype(config: Mapping[str, Any], fallback: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype that DeepSpeed casts parameters to; fp32 means that it casts nothing."""
-    fp16 = (config.get("fp16") or {}).get("enabled", False)
-    bf16 = (config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False)
+    fp16, bf16 = (
+        _enabled(config, "fp16"),
+        _enabled(config, "bf16" if config.get("bf16") is not None else "bfloat16"),
+    )
+    if fp16 is True and bf16 is True:
+        raise ZeroIncompatibilityError(
+            "fp16.enabled, bf16.enabled: got both true, expected one. Remove one of them."
+        )
     if "auto" in (fp16, bf16) and True not in (fp16, bf16):
         return fallback
     if "fp16" not in config and "bf16" not in config and "bfloat16" not in config and fallback is not None:
         return fallback
     return _flag_dtype(bf16 is True, fp16 is True)
+
+
+def _enabled(config: Mapping[str, Any], key: str) -> bool | Literal["auto"]:
+    value = _section(config, key, "the config").get("enabled", False)
+    return "auto" if value == "auto" else flag(f"{key}.enabled", value)
 
 
 def _flag_dtype(bf16: bool, fp16: bool) -> torch.dtype:
@@ -174,10 +238,9 @@ def _environment_dtype() -> torch.dtype | None:
     return {**_DTYPES, "no": torch.float32}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
 
 
-def _offload(zero: Mapping[str, Any], key: str, legacy: str) -> str:
-    if zero.get(legacy) is True:
-        return "cpu"
-    return str((zero.get(key) or {}).get("device") or "none")
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    section = zero.get(key)
+    return str(section.get("device") or "none") if isinstance(section, Mapping) else "none"
 
 
 def _number(value: Any, default: int) -> int:
