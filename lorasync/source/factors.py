@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
 from lorasync.source.finite import FiniteCheck, Input
+from lorasync.source.fits import Merges, refuse_range
 from lorasync.source.merged import ParamMeta
 from lorasync.source.model import base_of, named, unwrap
 from lorasync.source.picked import picked
@@ -201,6 +202,7 @@ class _Plan:
     scalings: dict[str, float]
     finite: FiniteCheck
     sharded: bool
+    merges: dict[torch.dtype, Merges] = field(default_factory=dict)
 
 
 class FactorSource:
@@ -296,6 +298,39 @@ class FactorSource:
             conflicts=tuple(str(mismatch) for mismatch in broken),
             base_changed_by=_mutating_init(config),
         )
+
+    def check_fits(self, dtype: torch.dtype, *, slots: bool) -> None:
+        """Refuse factors that leave the range of what an engine serves, before they are sent; every rank calls it.
+
+        Args:
+            dtype: The served dtype: of the weights, or of the LoRA slots.
+            slots: Whether the factors are served as they are (`ServeAdapter`), or merged into weights of this dtype
+                (`MergeInWorker`).
+
+        Raises:
+            NonFiniteError: With the names of the factors, or of the weights that the merge would spoil.
+
+        Nothing is checked with ``check_finite=False``.
+        """
+        if not self.check_finite:
+            return
+        plan = self._plan()
+        peaks = plan.finite.peaks()
+        limit = torch.finfo(dtype).max
+        refuse_range([(n, dtype) for n, peak in peaks.items() if self._scale(plan, n, slots) * peak > limit])
+        if slots:
+            return
+        merges = plan.merges.get(dtype)
+        if merges is None:
+            merges = plan.merges[dtype] = Merges(_all_slots(self.model, plan.adapter), plan.tensors, dtype)
+        merges.check(peaks)
+
+    @staticmethod
+    def _scale(plan: _Plan, name: str, in_slots: bool) -> float:
+        """What a factor is multiplied by: LoRA slots keep B times the layer's scaling."""
+        path, _, rest = name.partition(".lora_")
+        of_b = rest.startswith(("B", "embedding_B"))
+        return max(1.0, abs(plan.scalings.get(path, 1.0))) if in_slots and of_b else 1.0
 
     def scalings(self) -> dict[str, float]:
         """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
@@ -424,6 +459,10 @@ class _Builder:
                 how=how,
             )
         )
+
+
+def _all_slots(model: nn.Module, adapter: str) -> list[Slot]:
+    return slots(base_of(model), (adapter,))
 
 
 def _copy(tensor: Tensor) -> Tensor:

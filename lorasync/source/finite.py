@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter, ne
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from lorasync.errors import NonFiniteError
 from lorasync.kernels import Peaks, largest
 from lorasync.lent import addresses
 from lorasync.source.base import scale_bound
-from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, is_sharded
 
 if TYPE_CHECKING:
@@ -131,43 +130,12 @@ class FiniteCheck:
         return peaks
 
 
-class Fit:
-    """Whether one merge can leave the served dtype although its factors are finite.
-
-    Where a bound of |W + s·B·A| does not exclude it, the module is merged once to see.
-    """
-
-    def __init__(self, slot: Slot, dtype: torch.dtype) -> None:
-        self._slot, self._dtype = slot, dtype
-        self._limit = torch.finfo(dtype).max
-        self._terms = [_term(slot, step) for step in slot.steps]
-
-    def holds(self, peaks: dict[str, float]) -> bool:
-        """Say so from the largest values of everything that goes into the merge."""
-        total = math.inf if self._slot.general is not None else peaks[self._slot.name]
-        for names, factor in self._terms:
-            total += factor * math.prod([peaks[name] for name in names])
-        if total < self._limit:
-            return True
-        with whole(self._slot.params) as gathered:
-            return bool(torch.isfinite(self._slot.make(self._dtype, whole=gathered)).all())
-
-
-def check_fits(fits: Sequence[Fit], peaks: dict[str, float]) -> None:
-    """Raise for merges that leave the served dtype.
-
-    Raises:
-        NonFiniteError: With the name of every such weight.
-    """
-    _refuse([fit._slot.name for fit in fits if not fit.holds(peaks)])
-
-
 def inputs_of(slot: Slot) -> list[Input]:
     """List what is read to make a tensor of the merged model."""
     packed = None if slot.packing == "plain" else lambda: scale_bound(slot.module, slot.attr)
     inputs = [Input(slot.name, slot.held, packed)]
     for step in slot.steps:
-        inputs += [Input(_part(slot, step.adapter, i), p) for i, p in enumerate(step.params)]
+        inputs += [Input(part_name(slot, step.adapter, i), p) for i, p in enumerate(step.params)]
     if slot.general is not None:
         adapter = slot.general.adapters[-1]
         inputs += [Input(f"{slot.name} ({adapter}, {i})", p) for i, p in enumerate(slot.general.params())]
@@ -186,28 +154,24 @@ def _scans(tensors: list[Tensor]) -> tuple[list[tuple[list[int], Peaks]], list[i
     return [(members, Peaks([tensors[i] for i in members])) for members in groups.values()], alone
 
 
-def _term(slot: Slot, step: Any) -> tuple[list[str], float]:
-    """What a step adds at most: a factor times the product of the largest values of these inputs."""
-    names = [_part(slot, step.adapter, i) for i in range(len(step.params))]
-    scaling = abs(float(getattr(step.layer, "scaling", {}).get(step.adapter, 1.0)))
-    if len(names) == 1:
-        return names, max(scaling, 1.0)
-    return (names, scaling * step.layer.r[step.adapter]) if len(names) == 2 else ([], math.inf)
-
-
-def _part(slot: Slot, adapter: str, index: int) -> str:
+def part_name(slot: Slot, adapter: str, index: int) -> str:
+    """Name a factor in messages, by the weight that it belongs to."""
     return f"{slot.name} ({adapter}, {('A', 'B', 'magnitude')[index]})"
 
 
 def _refuse(bad: list[str]) -> None:
     if bad:
-        more = f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise NonFiniteError(
-            f"{len(bad)} tensors: got NaN or Inf, expected finite values. Nothing was sent. Go back to the "
-            "last good adapter (did the loss diverge?), or pass check_finite=False if you know better.\n  "
-            + "\n  ".join(bad[:_SHOWN])
-            + more
+        refuse(
+            bad,
+            "got NaN or Inf, expected finite values. Nothing was sent. Go back to the last good adapter (did the loss "
+            "diverge?), or pass check_finite=False if you know better.",
         )
+
+
+def refuse(bad: list[str], why: str) -> NoReturn:
+    """Raise `NonFiniteError` for these tensors, all at once."""
+    more = f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    raise NonFiniteError(f"{len(bad)} tensors: {why}\n  " + "\n  ".join(bad[:_SHOWN]) + more)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
-from lorasync.source.finite import FiniteCheck, Fit, check_fits, inputs_of
+from lorasync.source.exclude import patterns, without
+from lorasync.source.finite import FiniteCheck, inputs_of
+from lorasync.source.fits import Fit, check_fits, may_leave
 from lorasync.source.model import base_of, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
@@ -79,11 +81,13 @@ class MergedSource:
         check_finite: Refuse NaN and Inf before anything is yielded.
         rounding: How to round what was merged: `Nearest`, or `Stochastic` with a seed.
         untie: Yield tied weights under each of their names, for an engine that serves them untied.
+        exclude: Patterns (`fnmatch`: ``"visual.*"``) of the checkpoint's names to leave out, for an engine that serves
+            a part of the model. An engine refuses a push that leaves out something that it serves.
 
     Raises:
         AdapterError: No adapter, not this one, or it is merged in place or disabled.
         UnmergeableError: The adapter has no merged form; the message names what works.
-        MismatchError: Tied weights would get different values.
+        MismatchError: Tied weights would get different values, or ``exclude`` has a pattern that fits no name.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -104,6 +108,7 @@ class MergedSource:
         check_finite: bool = True,
         rounding: Rounding = NEAREST,
         untie: bool = False,
+        exclude: Sequence[str] = (),
     ) -> None:
         self.model: nn.Module = unwrap(model)
         self.adapter = adapter
@@ -111,6 +116,7 @@ class MergedSource:
         self.check_finite = check_finite
         self.rounding = rounding
         self.untie = untie
+        self.exclude = patterns(exclude)
         self._layout = CheckpointLayout(base_of(self.model))
         self._cut: tuple[Any, list[Group]] = (None, [])
         self._planned: _Plan | None = None
@@ -209,14 +215,14 @@ class MergedSource:
 
     def _plan(self) -> _Plan:
         """The plan of a pass, made anew if the model is not built as it was."""
-        settings, before = (self.adapter, self.dtype, self.untie), self._planned
+        settings, before = (self.adapter, self.dtype, self.untie, self.exclude), self._planned
         if before is not None and before.settings == settings and before.built.holds():
             return before
         built = Structure(self.model)
         if self.adapter is None:
             check_still_active(self.model, self._pinned)
         everything = slots(base_of(self.model), pick_adapters(self.model, self.adapter))
-        stored = self._stored(everything)
+        stored, groups = self._served(everything)
         params = {id(param): param for slot in stored.values() for param in slot.params}
         inputs = [each for slot in stored.values() for each in inputs_of(slot)]
         served = [(slot, self._dtype(slot)) for slot in stored.values()]
@@ -224,14 +230,21 @@ class MergedSource:
             settings,
             built,
             stored,
-            blocks=list(_blocks(self._groups(stored), stored)),
+            blocks=list(_blocks(groups, stored)),
             finite=FiniteCheck(inputs, before.finite if before else None),
-            fits=[Fit(slot, dtype) for slot, dtype in served if slot.adapted and dtype.is_floating_point],
+            fits=[Fit(slot, dtype) for slot, dtype in served if may_leave(slot, dtype)],
             inputs=list(params.values()),
             tied=sharing(everything),
             sharded=any(map(can_be_sharded, params.values())),
         )
         return self._planned
+
+    def _served(self, everything: list[Slot]) -> tuple[dict[str, Slot], list[Group]]:
+        """What is streamed: what the checkpoint stores, less what is excluded."""
+        stored = self._stored(everything)
+        groups = without(self._groups(stored), self.exclude)
+        members = {name for group in groups for name in group.members}
+        return {name: slot for name, slot in stored.items() if name in members}, groups
 
     def _stored(self, everything: list[Slot]) -> dict[str, Slot]:
         """What the checkpoint stores: without tied aliases and what transformers never saves."""

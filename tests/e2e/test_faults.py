@@ -272,6 +272,36 @@ def _param(part: str, value: float) -> Callable[[Bench], Any]:
     return lambda b: replaced(factor(b.policy, part), with_value(factor(b.policy, part), value))
 
 
+@contextlib.contextmanager
+def _product_out_of_range(bench: Bench) -> Iterator[None]:
+    """Factors that are finite, and fp32 can't hold what they make."""
+    with contextlib.ExitStack() as stack:
+        for part in ("A", "B"):
+            stack.enter_context(_param(part, 1e25)(bench))
+        yield
+
+
+@contextlib.contextmanager
+def _trained_beside(bench: Bench) -> Iterator[None]:
+    norm = bench.policy.get_base_model().model.norm.weight
+    norm.requires_grad_(True)
+    try:
+        yield
+    finally:
+        norm.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _other_adapter(bench: Bench) -> Iterator[None]:
+    bench.policy.add_adapter("other", bench.policy.peft_config["default"])
+    bench.policy.set_adapter("other")
+    try:
+        yield
+    finally:
+        bench.policy.set_adapter("default")
+        bench.policy.delete_adapter("other")
+
+
 def _bad_base(bench: Bench) -> Any:
     weight = bench.policy.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
     return replaced(weight, with_value(weight, float("nan")))
@@ -470,6 +500,12 @@ ROWS = (
     Row("Inf in A", NonFiniteError, "NaN or Inf", _param("A", float("inf")), NOWHERE, sends_nothing=True),
     Row("-Inf in B", NonFiniteError, "NaN or Inf", _param("B", float("-inf")), NOWHERE, sends_nothing=True),
     Row("NaN in a base weight", NonFiniteError, "NaN or Inf", _bad_base, MERGED, sends_nothing=True),
+    Row("A and B whose product leaves the served dtype's range", NonFiniteError, r"float32.*up_proj",
+        _product_out_of_range, {"merged": KEPT, "factors": KEPT}, sends_nothing=True),
+    Row("parameters are trained beside the adapter", AdapterError, r"model\.norm\.weight.*modules_to_save",
+        _trained_beside, FACTORS, sends_nothing=True),
+    Row("another adapter is active than at connect()", AdapterError, r"'other'.*'default'", _other_adapter, NOWHERE,
+        sends_nothing=True),
     Row("an empty tensor for a factor (an ungathered ZeRO-3 shard)", MismatchError, r"up_proj", _shard, NOWHERE),
     Row("the adapter's rank changes after the handshake", MismatchError, r"up_proj.*connect\(\) again", _rank,
         FACTORS),
