@@ -121,3 +121,6 @@ class Worker:
 
     def reset_prefix_cache(self) -> bool:
         return True
+
+    def reset_encoder_cache(self) -> None:
+        """Nothing is cached."""

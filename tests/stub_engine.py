@@ -120,7 +120,7 @@ class StubWorker(WorkerEngine):
         self.held: dict[int, dict[str, torch.Tensor]] = {}
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(**{"world_size": 1, **parallel, "rank": rank}),
-            model_config=SimpleNamespace(dtype=llm.dtype),
+            model_config=SimpleNamespace(dtype=llm.dtype, is_multimodal_model=llm.multimodal),
             lora_config=SimpleNamespace(lora_dtype=llm.dtype),
         )
         super().__init__(None, config, torch.device("cpu"), torch.nn.Linear(1, 1))
@@ -140,9 +140,16 @@ class StubLLM:
     """
 
     def __init__(
-        self, *, workers: int = 1, dtype: torch.dtype = torch.float32, capacity: int = 4, **parallel: Any
+        self,
+        *,
+        workers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        capacity: int = 4,
+        multimodal: bool = False,
+        **parallel: Any,
     ) -> None:
         self.capacity, self.others, self.dtype, self.notes = capacity, 0, dtype, ()
+        self.multimodal = multimodal
         self.on: dict[str, Callable[[], Any]] = {}
         self.calls: list[str] = []
         self.versions: list[str] = []
@@ -189,6 +196,10 @@ class StubLLM:
     def reset_prefix_cache(self) -> bool:
         with self._serial:
             return self.happens("reset_prefix_cache") is not False
+
+    def reset_encoder_cache(self) -> None:
+        with self._serial:
+            self.happens("reset_encoder_cache")
 
     def set_weight_version(self, version: str) -> None:
         with self._serial:

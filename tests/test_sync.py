@@ -178,6 +178,38 @@ def test_a_client_that_lacks_what_a_commit_needs_is_refused_before_anything_chan
     assert not llm.calls
 
 
+def test_what_encoders_have_computed_with_old_weights_is_forgotten_after_each_commit(policy, way):
+    llm = StubLLM()
+    with connected(policy, llm, way) as sync:
+        for pushes in (1, 2):
+            push(sync)
+            resets = [call for call in llm.calls if call in ("commit", "reset_encoder_cache")]
+            assert (
+                resets == ["commit"] * pushes
+                if way == "adapter"
+                else ["commit", "reset_encoder_cache"] * pushes
+            )
+        if way == "factors":
+            sync.rollback()
+            assert llm.calls[llm.calls.index("rollback") :].count("reset_encoder_cache") == 1
+
+
+def test_a_client_of_a_multimodal_engine_has_to_reset_its_encoder_cache(policy, way):
+    llm = StubLLM(multimodal=True)
+    client = Client(llm)
+    if way == "adapter":
+        with connected(policy, client, way) as sync:
+            sync.send_weights()
+    else:
+        with pytest.raises(EngineNotReadyError, match=r"has no reset_encoder_cache\(\)"):
+            connected(policy, client, way)
+        assert "commit" not in llm.calls
+    client.reset_encoder_cache = llm.reset_encoder_cache
+    with connected(policy, client, way) as sync:
+        sync.send_weights()
+    assert ("reset_encoder_cache" in llm.calls) == (way != "adapter")
+
+
 def test_a_client_of_which_a_call_is_none_is_refused(policy, way):
     llm = StubLLM()
     client = Client(llm)
@@ -501,6 +533,7 @@ HANGS = [
     "finish",
     "commit",
     "reset_prefix_cache",
+    "reset_encoder_cache",
     "name",
     "rollback",
     "digest",
@@ -510,7 +543,7 @@ HANGS = [
 def _asks(way: str, point: str) -> bool:
     """Whether a push, or a rollback, of this strategy comes to this point."""
     never = {"merged": ["status", "stage", "rollback"], "factors": ["status", "start", "update", "finish"]}
-    never["adapter"] = [*never["factors"], "reset_prefix_cache", "name"]
+    never["adapter"] = [*never["factors"], "reset_prefix_cache", "reset_encoder_cache", "name"]
     return point not in never[way]
 
 

@@ -119,7 +119,7 @@ def test_a_client_s_calls_are_made_with_plain_dicts():
     target.start()
     target.update({"b": 2})
     target.finish()
-    target.reset_prefix_cache()
+    target.reset_caches()
     assert seen == [("init", {"a": 1}), "start", ("update", {"b": 2}), "finish", "reset"]
     assert target.adapters_in_flight() == frozenset()
 
@@ -128,13 +128,17 @@ async def _later() -> None:
     """Of a client that is not awaited."""
 
 
-@pytest.mark.parametrize("call", ["start", "finish", "reset_prefix_cache"])
+@pytest.mark.parametrize("call", ["start", "finish", "reset_caches"])
 @pytest.mark.parametrize("returned", [_later, asyncio.Future, concurrent.futures.Future])
 def test_a_call_that_has_not_ended_when_it_returns_is_refused(call, returned):
     client = Client(StubLLM())
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    name = {"start": "start_weight_update", "finish": "finish_weight_update"}.get(call, call)
+    name = {
+        "start": "start_weight_update",
+        "finish": "finish_weight_update",
+        "reset_caches": "reset_prefix_cache",
+    }[call]
     found = returned()
     setattr(client, name, lambda: found)
     with pytest.raises(EngineNotReadyError, match=rf"{name}: returned .*awaited"):
@@ -147,7 +151,7 @@ def test_a_reset_that_says_no_is_an_error():
     client = Client(StubLLM())
     client.reset_prefix_cache = lambda: False
     with pytest.raises(SyncError, match="prefix cache"):
-        CallsTarget(client, timeout=5.0).reset_prefix_cache()
+        CallsTarget(client, timeout=5.0).reset_caches()
 
 
 # ------------------------------------------------------------------------------------------------- LLMTarget
@@ -158,7 +162,7 @@ def test_a_reset_that_vllm_does_not_confirm_is_an_error(answer):
     llm = StubLLM()
     llm.reset_prefix_cache = lambda: answer
     with pytest.raises(SyncError, match="prefix cache"):
-        LLMTarget(llm, timeout=5.0).reset_prefix_cache()
+        LLMTarget(llm, timeout=5.0).reset_caches()
 
 
 def test_an_engine_started_without_the_backend_is_refused_with_the_flag():

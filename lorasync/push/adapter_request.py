@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 try:
     from vllm.exceptions import VLLMClientError as _ClientError
-except ImportError:  # before 0.32 vLLM passes on ValueErrors as the client's
+except ImportError:  # before 0.28 vLLM passes on ValueErrors as the client's
     _ClientError = ValueError
 
 

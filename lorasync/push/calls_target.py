@@ -24,9 +24,10 @@ class CallsTarget:
         self._calls = calls
         self.patience = Patience(timeout)
 
-    def check_able(self, *, changes_weights: bool) -> None:
-        """A client of the user's may lack anything: without a reset, cached keys and values of old weights are served."""
-        needed = (*WEIGHT_SYNC_CALLS, "reset_prefix_cache") if changes_weights else WEIGHT_SYNC_CALLS
+    def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
+        """A client of the user's may lack anything: without a reset, what old weights have computed is served."""
+        resets = ("reset_prefix_cache", "reset_encoder_cache")[: 2 if multimodal else 1]
+        needed = (*WEIGHT_SYNC_CALLS, *resets) if changes_weights else WEIGHT_SYNC_CALLS
         lacking = [name for name in needed if not callable(getattr(self._calls, name, None))]
         if lacking:
             raise EngineNotReadyError(
@@ -52,9 +53,11 @@ class CallsTarget:
     def name_version(self, version: str) -> None:
         """These calls don't name it."""
 
-    def reset_prefix_cache(self) -> None:
+    def reset_caches(self) -> None:
         if self._call("reset_prefix_cache") is False:
             raise SyncError("prefix cache: the engine did not reset it, expected an empty cache. Push again.")
+        if callable(getattr(self._calls, "reset_encoder_cache", None)):
+            self._call("reset_encoder_cache")
 
     def pause(self) -> None:
         """Pausing is the caller's: these calls have none."""

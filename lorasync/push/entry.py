@@ -38,6 +38,7 @@ def connect(
         apply: what the workers do with factors: `ServeAdapter` or `MergeInWorker`.
         pause: what happens to requests in flight on an `AsyncLLM` while weights change: ``"keep"`` them and go on
             after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
+            Requests that come meanwhile queue with ``"keep"``; with the others vLLM 0.33 refuses them (HTTP 503).
         timeout: the longest wait for any answer, in seconds; an engine that hangs is waited for once.
         bucket_bytes: how many bytes of merged weights exist at a time, at most (or one tensor, if larger).
         measure_survival: after each push, measure how much of the update is left after rounding to the served dtype, and

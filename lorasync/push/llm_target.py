@@ -35,7 +35,7 @@ class LLMTarget:
         executor = core.engine_core.model_executor if self._core_is_here else None
         self.in_process = hasattr(executor, "driver_worker")
 
-    def check_able(self, *, changes_weights: bool) -> None:
+    def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """All of it is vLLM's own."""
 
     def check_elsewhere(self) -> None:
@@ -58,12 +58,15 @@ class LLMTarget:
         if name is not None:
             self._call(lambda: name(version), "set_weight_version")
 
-    def reset_prefix_cache(self) -> None:
+    def reset_caches(self) -> None:
         if self._call(self._llm.reset_prefix_cache, "reset_prefix_cache") is not True:
             raise SyncError(
                 "prefix cache: vLLM did not reset it (requests are still running), expected an empty cache. "
                 "Push between generate() calls: cached keys and values of the old version would be served."
             )
+        self._call(
+            self._llm.llm_engine.reset_encoder_cache, "reset_encoder_cache"
+        )  # the old tower's embeddings
 
     def pause(self) -> None:
         """Between `generate` calls nothing is in flight.
@@ -119,7 +122,7 @@ class AsyncLLMTarget:
         self._mode = pause
         self._paused = False
 
-    def check_able(self, *, changes_weights: bool) -> None:
+    def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """All of it is vLLM's own."""
 
     def check_elsewhere(self) -> None:
@@ -146,21 +149,27 @@ class AsyncLLMTarget:
         if name is not None:
             self._run(lambda: name(version))
 
-    def reset_prefix_cache(self) -> None:
+    def reset_caches(self) -> None:
         if self._paused:  # cleared, and nothing was computed since
             return
         if self._run(lambda: self._engine.reset_prefix_cache(reset_running_requests=True)) is not True:
             raise SyncError("prefix cache: vLLM did not reset it, expected an empty cache. Push again.")
+        self._run(self._engine.reset_encoder_cache)
 
     def pause(self) -> None:
         """With all caches cleared: the keys and values of requests that are kept are computed anew by the new version."""
         core = self._engine.engine_core
         if self._mode == "keep" and hasattr(core, "pause_scheduler_async"):
             # `pause_generation` calls this and then sleeps for 20 ms, so that its caller sees outputs first.
-            self._run(lambda: core.pause_scheduler_async(mode="keep", clear_cache=True))
+            self._run(self._keep)
         else:
             self._run(lambda: self._engine.pause_generation(mode=self._mode, clear_cache=True))
         self._paused = True
+
+    async def _keep(self) -> None:
+        """The core forgets the inputs that it got by their hashes: the front end has to as well."""
+        await self._engine.renderer.clear_mm_cache_async()
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     def resume(self) -> None:
         self._run(self._engine.resume_generation)

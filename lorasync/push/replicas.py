@@ -57,6 +57,7 @@ class Replicas:
             with _naming(name if len(targets) > 1 else ""):
                 checked[name] = target_of(engine, timeout=timeout, pause=pause)
                 checked[name].check_able(changes_weights=changes_weights)
+        self._changes_weights = changes_weights
         self._lender = Lender()
         self.sessions = [EngineSession(target, name=n) for n, target in checked.items()]
 
@@ -134,9 +135,13 @@ class Replicas:
         """
         try:
             self.each(lambda session: session.hello(apply, manifest))
+            self.each(self._check_able)
         except BaseException:
             self.goodbye()
             raise
+
+    def _check_able(self, session: EngineSession) -> None:
+        session.target.check_able(changes_weights=self._changes_weights, multimodal=session.multimodal)
 
     def send(
         self,

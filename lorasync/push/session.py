@@ -63,7 +63,7 @@ class EngineSession:
         self.target = target
         self.ranks = self.version = self.capacity = self.others = 0
         self.gpu = self._torn = self._shut = ""
-        self.holds_adapter = self.unheard = False
+        self.holds_adapter = self.unheard = self.multimodal = False
         self.dtypes: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         self._token = secrets.token_hex(8)
@@ -124,6 +124,7 @@ class EngineSession:
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
         self.capacity = min(int(r.get("capacity", 0)) for r in replies.values())
         self.others = max(int(r.get("others", 0)) for r in replies.values())
+        self.multimodal = any(r.get("multimodal", False) for r in replies.values())
         self.holds_adapter = all(r.get("held", False) for r in replies.values())
         self.dtypes = next(iter(replies.values())).get("dtypes", {})
         self.notes = tuple(dict.fromkeys(str(note) for r in replies.values() for note in r.get("notes", ())))
@@ -213,7 +214,7 @@ class EngineSession:
             SyncError: if that fails; the engine is closed, as it would answer from both.
         """
         try:
-            self.target.reset_prefix_cache()
+            self.target.reset_caches()
             self.target.name_version(str(version))
         except BaseException as error:
             self.shut(

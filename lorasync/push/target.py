@@ -30,8 +30,12 @@ class Target(Protocol):
     generates_meanwhile: bool
     patience: Patience
 
-    def check_able(self, *, changes_weights: bool) -> None:
+    def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """Refuse, before anything changes, an engine that lacks what a commit will need.
+
+        Args:
+            changes_weights: whether pushes change live weights.
+            multimodal: whether the engine keeps outputs of encoders (images, audio), as the handshake says.
 
         Raises:
             EngineNotReadyError: naming what it lacks.
@@ -54,7 +58,9 @@ class Target(Protocol):
         """Let outputs say which version they are of, where this vLLM has them say it."""
         ...
 
-    def reset_prefix_cache(self) -> None: ...
+    def reset_caches(self) -> None:
+        """Have the engine forget what it has computed with other weights: keys and values, and encoders' outputs."""
+        ...
 
     def pause(self) -> None:
         """Stop generating; what happens to requests in flight was said in `connect`."""

@@ -161,7 +161,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._mailboxes[control.session] = box
         described = self._applier.describe()
         notes = [*notes_of(self.vllm_config), *described.get("notes", ())]
-        return {**described, "notes": notes, "gpu": gpu_of(self.device), "dtypes": self._dtypes()}
+        return {
+            **described,
+            "notes": notes,
+            "gpu": gpu_of(self.device),
+            "dtypes": self._dtypes(),
+            "multimodal": bool(self.model_config.is_multimodal_model),
+        }
 
     def _dtypes(self) -> dict[str, str]:
         """What weights and LoRA slots are served in."""

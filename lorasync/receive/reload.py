@@ -187,8 +187,11 @@ def _prepack_experts_for_cpu(layer: Any) -> None:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     method: Any = layer.quant_method
-    if isinstance(method, UnquantizedFusedMoEMethod) and layer.w13_weight.device.type == "cpu":
-        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+    if not isinstance(method, UnquantizedFusedMoEMethod) or layer.w13_weight.device.type != "cpu":
+        return
+    kernel: Any = method.moe_kernel
+    if kernel is not None:  # up to 0.26 there is none, and packing is a part of the processing
+        kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _layout(tensor: torch.Tensor | None) -> str:

@@ -154,7 +154,7 @@ def lora_module_names(manager: Any) -> set[str]:
 def _rename_mapper(model: torch.nn.Module) -> Any:
     """The model's renaming without the fusion of q, k and v: LoRA modules keep their own names."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    for method in ("get_rename_mapper", "get_unstacked_mapper"):  # the second up to 0.27
+    for method in ("get_rename_mapper", "get_unstacked_mapper"):  # the second up to 0.28 at least
         if hasattr(mapper, method):
             return getattr(mapper, method)()
     return mapper

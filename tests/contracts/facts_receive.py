@@ -38,6 +38,7 @@ _ENGINE = [
     _fact("engine.py", f"{ENGINE}.__init__", ALL, starts_with("config", "vllm_config", "device", "model"), "in this order"),
     _fact("engine.py", f"{ENGINE}.vllm_config", ALL),
     _fact("engine.py", f"{ENGINE}.model_config", ALL),
+    _fact("engine.py", "vllm.config.model:ModelConfig.is_multimodal_model", ALL),
     _fact("engine.py", f"{ENGINE}.device", ALL),
     _fact("engine.py", f"{ENGINE}.model", ALL),
     _fact("engine.py", f"{ENGINE}.init_info_cls", ALL),

@@ -54,6 +54,9 @@ class LocalCalls:
     def reset_prefix_cache(self) -> bool:
         return True
 
+    def reset_encoder_cache(self) -> None:
+        """Nothing is cached."""
+
 
 def survey(architecture: str, *, ways: tuple[str, ...] = WAYS, dtype: str = "bfloat16") -> dict[str, Outcome]:
     """Try one architecture, each way: merged pushes with adapters on experts too, factors on linear layers."""
