@@ -50,12 +50,37 @@ def skeleton(config: Any, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         config: a `transformers.PretrainedConfig`.
         dtype: dtype of the floating-point parameters.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind = class_named_by(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = (
+            _auto().from_config(config, dtype=dtype)
+            if kind is None
+            else kind._from_config(config, dtype=dtype)
+        )
     model.tie_weights()
     return model  # type: ignore[no-any-return]
+
+
+def class_named_by(config: Any) -> Any:
+    """Return transformers' class that wrote a checkpoint, by ``architectures`` in its config; None if it isn't known.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> class_named_by(LlamaConfig(architectures=["LlamaForCausalLM"])).__name__
+        'LlamaForCausalLM'
+    """
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, name, None) if name else None
+    by_file = getattr(config, "auto_map", None)  # code beside the weights
+    return None if by_file else kind
+
+
+def _auto() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
 
 
 def quantizable(model: nn.Module, *, skip: list[str] | None = None) -> Iterator[tuple[str, nn.Module]]:

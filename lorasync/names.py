@@ -198,10 +198,32 @@ def _with_conversions(model: Any, conversions: list[Any]) -> Any:
             found = self.__dict__["_in_conversion"].get(target)
             return super().get_parameter(target) if found is None else found
 
+    conversions = [_for_single_tensors(conversion) for conversion in conversions]
     twin = copy.copy(model)  # its dicts of parameters and modules are the model's own
     twin.__class__ = Converted
     twin.__dict__.update(_weight_conversions=conversions, _in_conversion={})
     return twin
+
+
+def _for_single_tensors(conversion: Any) -> Any:
+    """Renames that go by pairs (``norm0`` to ``norm1``, ``norm1`` to ``norm2``) wait for the first of a pair to come by.
+
+    In a whole model it has come by; here tensors come one at a time.
+    """
+    if not hasattr(conversion, "_active"):
+        return conversion
+
+    class Active(type(conversion)):  # type: ignore[misc]
+        __slots__ = ()
+
+        def reverse_transform(self) -> Any:
+            reverse = super().reverse_transform()
+            reverse._active = True
+            return reverse
+
+    active = copy.copy(conversion)
+    active.__class__ = Active
+    return active
 
 
 def _describe(name: str, tensor: Tensor) -> tuple[str, dtype, tuple[int, ...]]:

@@ -55,7 +55,7 @@ class QuantPreset:
         Args:
             compute_dtype: dtype that 4-bit weights are dequantized to in the forward pass; bf16 if None.
             storage_dtype: dtype of the tensor that holds packed 4-bit weights; uint8 if None. Under DeepSpeed
-                it must be uint8 or the engine's dtype, under FSDP2 the dtype of the other parameters.
+                it must be uint8 or the engine's dtype, under FSDP1 the dtype of the other parameters.
             **overrides: entries of `BitsAndBytesConfig`, for example ``llm_int8_skip_modules=["lm_head"]``.
 
         Raises:

@@ -219,7 +219,9 @@ def main(job: str, out: Path) -> None:
         "4bit": lambda: packed(path, storage),
     }
     results = {}
-    for kind in ("plain", "dora", "4bit"):
+    if job == "fsdp2":  # it shards bytes as they are
+        makes["4bit in bytes"] = lambda: packed(path, torch.uint8)
+    for kind in makes:
         make = makes[kind]
         model = with_fsdp2(make()) if job == "fsdp2" else with_zero(make(), int(job[-1]))
         model.train()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from bitsandbytes import functional
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config
 
 from lorasync.errors import LoadError, ZeroIncompatibilityError
 from lorasync.load import checks, close_avx512_trap, load_quantized, loader
 from lorasync.presets import FP4, INT8, NF4, QLORA_ZERO2, QuantPreset
+from lorasync.zero import inspect_zero
 
 TINY = {
     "vocab_size": 64,
@@ -111,6 +114,52 @@ def test_the_estimate_agrees_with_what_was_loaded(tmp_path: Path, preset: QuantP
     weights = loader._weigh(config, torch.bfloat16, {})
     report = load(tmp_path, preset).lorasync_report
     assert weights.bytes(preset, torch.bfloat16) == pytest.approx(report.bytes_after, rel=0.02)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+OTHER_KINDS = {
+    "T5ForConditionalGeneration": {
+        "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256
+    },
+    "Qwen2_5_VLForConditionalGeneration": {
+        "text_config": {**SMALL, "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        "vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64},
+    },
+    "LlavaForConditionalGeneration": {
+        "text_config": LlamaConfig(**SMALL),
+        "vision_config": {k: v for k, v in SMALL.items() if k != "vocab_size"} | {
+            "model_type": "clip_vision_model", "image_size": 32, "patch_size": 16
+        },
+    },
+    "LlamaForSequenceClassification": SMALL,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_checkpoint_is_loaded_by_the_class_that_wrote_it(name: str, tmp_path: Path):
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**OTHER_KINDS[name])).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert type(model) is kind
+    assert model.lorasync_report.quantized
+    report = inspect_zero(model, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
+    assert [finding.code for finding in report.errors] == ["no-adapter"]
+
+
+def test_a_checkpoint_of_no_known_class_is_refused_with_what_it_names(tiny: str, tmp_path: Path):
+    config = json.loads(Path(tiny, "config.json").read_text()) | {"architectures": ["LlamaForFortuneTelling"]}
+    T5Config(architectures=["T5ForFortuneTelling"]).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=r"T5ForFortuneTelling.*expected architectures"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(Path(tiny, "model.safetensors"), tmp_path)
+    assert type(load(tmp_path)).__name__ == "LlamaForCausalLM"  # the one of its kind
 
 
 def test_skip_modules_and_storage_dtype_are_passed_on(tiny: str):

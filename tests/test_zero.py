@@ -220,9 +220,40 @@ def test_fused_experts_are_named():
     assert "experts-not-quantized" not in codes(PLAN)
 
 
-def test_fsdp2_wants_the_storage_of_the_other_parameters():
-    assert "fsdp2-storage" in codes(PLAN, Fsdp2(), "error")
-    assert "fsdp2-storage" not in codes(replace(PLAN, storage_dtype=torch.bfloat16), Fsdp2())
+def test_fsdp2_takes_packed_weights_in_bytes_and_casts_those_in_another_float():
+    """Bytes: tests/test_source_ranks.py trains and merges them."""
+    assert not inspect_zero(PLAN, Fsdp2()).findings
+    assert not inspect_zero(replace(PLAN, storage_dtype=torch.bfloat16), Fsdp2()).findings
+    assert "fsdp2-storage" in codes(replace(PLAN, storage_dtype=torch.float32), Fsdp2(), "error")
+    older = replace(Versions.installed(), torch="2.12.0")
+    assert "fsdp2-storage" in codes(PLAN, Fsdp2(), "warning", versions=older)
+
+
+def test_fsdp1_flattens_one_float_dtype():
+    plugin = SimpleNamespace(fsdp_version=1, mixed_precision_policy=None)
+    assert codes(PLAN, plugin, "error") == {"fsdp1-storage"}
+    assert "fsdp1-storage" not in codes(replace(PLAN, storage_dtype=torch.bfloat16), plugin)
+
+
+def test_which_fsdp_is_read_from_arguments_and_plugin():
+    arguments = SimpleNamespace(
+        per_device_train_batch_size=1,
+        bf16=True,
+        fp16=False,
+        deepspeed=None,
+        hf_deepspeed_config=None,
+        fsdp="full_shard",
+    )
+    for options, expected in (
+        ({"version": 1}, "fsdp1"),
+        ({"version": 2}, "fsdp2"),
+        ({}, "fsdp2"),
+        (None, "fsdp2"),
+    ):
+        assert read_settings(SimpleNamespace(**vars(arguments), fsdp_config=options)).framework == expected
+    for version in (1, 2):
+        plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
+        assert read_settings(plugin).framework == f"fsdp{version}"
 
 
 # ── versions

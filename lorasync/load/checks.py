@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from lorasync.errors import LoadError
 from lorasync.kernels import dequantize_4bit
-from lorasync.memory import Weights, available_bytes, human
+from lorasync.memory import Weights, available_bytes, class_named_by, human
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
@@ -77,6 +77,26 @@ _CONFIG_KEYS = (
     "local_files_only",
     "code_revision",
 )
+
+
+def loading_class(path: object, config: PretrainedConfig) -> Any:
+    """Return the class to load with: the one that wrote the checkpoint, or the one of its kind with a language-model head.
+
+    Raises:
+        LoadError: the config names no class that this transformers has, and its kind has no such head.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    kind = class_named_by(config)
+    if kind is not None:
+        return kind
+    if getattr(config, "auto_map", None) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    named = getattr(config, "architectures", None) or "no architectures"
+    raise LoadError(
+        f"{path}: got {named} ({type(config).__name__}), expected architectures in config.json with a class of this "
+        "transformers. Add the class that the weights were saved from, or upgrade transformers."
+    )
 
 
 def _check_directory(path: Path, from_pretrained: Mapping[str, Any]) -> None:

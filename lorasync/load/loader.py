@@ -19,6 +19,7 @@ from lorasync.load.checks import (
     dtype_name,
     error_line,
     existing_quantization,
+    loading_class,
     read_config,
     refuse_device_map,
 )
@@ -63,11 +64,11 @@ def load_quantized(
         device: where to load; by default, and with ``"cuda"``, this rank's GPU (``LOCAL_RANK``), or the CPU where there
             is none.
         storage_dtype: dtype that holds packed 4-bit weights; by default uint8, which every ZeRO stage keeps
-            intact. FSDP2 needs ``dtype``.
+            intact. FSDP1 needs ``dtype``.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         progress: show transformers' progress bar.
         check_memory: estimate first, and refuse what can't fit.
-        **from_pretrained: passed on to `AutoModelForCausalLM.from_pretrained` (``revision``,
+        **from_pretrained: passed on to `from_pretrained` of the class that the config names (``revision``,
             ``attn_implementation``, ``trust_remote_code``, …).
 
     Raises:
@@ -84,7 +85,7 @@ def load_quantized(
     check_bitsandbytes()
     refuse_device_map(from_pretrained)
     config = read_config(path, from_pretrained)
-    existing = existing_quantization(path, config)
+    kind, existing = loading_class(path, config), existing_quantization(path, config)
     preset = agreed_preset(path, preset, existing)
     storage = agreed_storage(preset, existing, storage_dtype)
     if ds_config is not None:
@@ -97,7 +98,7 @@ def load_quantized(
         from_pretrained["quantization_config"] = preset.bnb_config(
             compute_dtype=dtype, storage_dtype=storage, **_skip_modules(from_pretrained)
         )
-    model = _from_pretrained(path, dtype, place, progress, from_pretrained)
+    model = _from_pretrained(kind, path, dtype, place, progress, from_pretrained)
     check_dequantizes(path, model)
     _make_trainable(model, dtype, gradient_checkpointing)
     model.lorasync_report = make_report(
@@ -153,13 +154,13 @@ def _weigh(config: PretrainedConfig, dtype: torch.dtype, from_pretrained: Mappin
 
 
 def _from_pretrained(
+    kind: Any,
     path: str | os.PathLike[str],
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
     settings: dict[str, Any],
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if device.type == "cuda":
@@ -170,7 +171,7 @@ def _from_pretrained(
         settings["device_map"] = {"": device}
     try:
         with _progress_bar(progress):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **settings)
+            return kind.from_pretrained(path, dtype=dtype, **settings)
     except OSError as error:
         raise LoadError(
             f"{path}: got no readable weights ({error_line(error)}), expected safetensors files beside "

@@ -36,6 +36,7 @@ _PARAM_CAST_SINCE = (
     "0.19.2"  # DeepSpeed #8066: casts parameters itself; before, module.half() or module.bfloat16()
 )
 _MOVE_4BIT_SINCE = "4.45.0"  # transformers #33122: a 4-bit model may be moved
+_INTEGERS_SHARDED = "2.13"  # torch, FSDP2: run by tests/test_source_ranks.py
 _MOVE_8BIT_SINCE = "0.48.0"  # bitsandbytes, asked for by transformers 5
 
 
@@ -298,7 +299,9 @@ def eight_bit_zero3(case: Case) -> Iterator[Finding]:
         yield Finding(
             "int8-not-sharded",
             "warning",
-            "zero_optimization.stage" if case.config.framework == "deepspeed" else "FSDP2",
+            "zero_optimization.stage"
+            if case.config.framework == "deepspeed"
+            else case.config.framework.upper(),
             "3" if case.config.framework == "deepspeed" else "on",
             "8-bit layers keep the whole weight in state.CB: it trains correctly, but sharding saves no "
             "memory.",
@@ -351,22 +354,40 @@ def fused_experts(case: Case) -> Iterator[Finding]:
         )
 
 
-def fsdp2_storage(case: Case) -> Iterator[Finding]:
-    """FSDP2 shards float parameters of one dtype per group."""
-    if case.config.framework != "fsdp2" or case.model.bits != 4:
+def fsdp_storage(case: Case) -> Iterator[Finding]:
+    """FSDP2 leaves integers alone, and casts packed weights in a float storage as it casts any; FSDP1 flattens all."""
+    if case.config.framework == "deepspeed" or case.model.bits != 4:
         return
     expected = case.config.engine_dtype if case.config.engine_dtype is not None else torch.bfloat16
-    for storage in sorted(case.model.storage, key=str):
-        if storage != expected:
+    wrong = [storage for storage in sorted(case.model.storage, key=str) if storage != expected]
+    for storage in wrong:
+        if case.config.framework == "fsdp1":
+            yield Finding(
+                "fsdp1-storage",
+                "error",
+                "bnb_4bit_quant_storage",
+                _name(storage),
+                f"FSDP1 makes one flat tensor of a layer's parameters ({_name(expected)}), which takes one float dtype.",
+                f"Load with storage_dtype=torch.{_name(expected)}, or use FSDP2.",
+                "Cannot flatten integer dtype tensors",
+            )
+        elif storage.is_floating_point:
             yield Finding(
                 "fsdp2-storage",
                 "error",
                 "bnb_4bit_quant_storage",
                 _name(storage),
-                f"FSDP2 shards packed weights together with the other parameters ({_name(expected)}), and "
-                "casts or refuses what has another dtype.",
-                f"Load with storage_dtype=torch.{_name(expected)}.",
-                "Cannot flatten integer dtype tensors",
+                f"FSDP2's mixed precision casts float parameters to {_name(expected)}, packed 4-bit weights too.",
+                f"Load with storage_dtype=torch.uint8 or torch.{_name(expected)}.",
+            )
+        elif case.versions.older("torch", _INTEGERS_SHARDED):
+            yield Finding(
+                "fsdp2-storage",
+                "warning",
+                "bnb_4bit_quant_storage",
+                _name(storage),
+                f"That FSDP2 leaves integers as they are was run with torch {_INTEGERS_SHARDED}; this one is older.",
+                f"Load with storage_dtype=torch.{_name(expected)}, or upgrade torch.",
             )
 
 
@@ -460,7 +481,7 @@ RULES: tuple[Rule, ...] = (
     device_map,
     no_adapter,
     reentrant,
-    fsdp2_storage,
+    fsdp_storage,
     old_stack,
     ignored_keys,
     auto_precision,

@@ -36,7 +36,7 @@ class ZeroSettings:
     """
 
     source: str
-    framework: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    framework: Literal["deepspeed", "fsdp1", "fsdp2"] = "deepspeed"
     stage: int = 0
     engine_dtype: torch.dtype | None = torch.float32
     optimizer_offload: str = "none"
@@ -53,7 +53,7 @@ class ZeroSettings:
     @property
     def sharded(self) -> bool:
         """Whether parameters are partitioned over the ranks."""
-        return self.framework == "fsdp2" or self.stage == 3
+        return self.framework != "deepspeed" or self.stage == 3
 
 
 def read_settings(config: Any) -> ZeroSettings:
@@ -64,8 +64,8 @@ def read_settings(config: Any) -> ZeroSettings:
 
     Args:
         config: a DeepSpeed config as a dict or the path of a JSON file; an `HfDeepSpeedConfig`; transformers'
-            `TrainingArguments`; accelerate's `DeepSpeedPlugin` or `FullyShardedDataParallelPlugin` (version
-            2); a DeepSpeed engine; or `Fsdp2`.
+            `TrainingArguments`; accelerate's `DeepSpeedPlugin` or `FullyShardedDataParallelPlugin`; a DeepSpeed
+            engine; or `Fsdp2`.
 
     Raises:
         ZeroIncompatibilityError: the file is missing or no JSON, the object is none of these, a key is misspelt or
@@ -140,7 +140,9 @@ def _from_arguments(arguments: Any) -> ZeroSettings:
         config = _read_json(Path(given)) if isinstance(given, (str, os.PathLike)) else given
         return _from_dict(config, "TrainingArguments", fallback=dtype)
     if getattr(arguments, "fsdp", None):
-        return ZeroSettings("TrainingArguments (FSDP)", framework="fsdp2", engine_dtype=dtype)
+        options = getattr(arguments, "fsdp_config", None)
+        version = options.get("version", 2) if isinstance(options, Mapping) else 2
+        return ZeroSettings("TrainingArguments (FSDP)", framework=_fsdp(version), engine_dtype=dtype)
     return ZeroSettings("TrainingArguments (no DeepSpeed)", engine_dtype=torch.float32)
 
 
@@ -148,9 +150,13 @@ def _from_fsdp_plugin(plugin: Any) -> ZeroSettings:
     policy = getattr(plugin, "mixed_precision_policy", None)
     return ZeroSettings(
         "FullyShardedDataParallelPlugin",
-        framework="fsdp2",
+        framework=_fsdp(plugin.fsdp_version),
         engine_dtype=getattr(policy, "param_dtype", None) or _environment_dtype(),
     )
+
+
+def _fsdp(version: Any) -> Literal["fsdp1", "fsdp2"]:
+    return "fsdp1" if int(version) == 1 else "fsdp2"
 
 
 def _from_dict(config: Mapping[str, Any], source: str, fallback: torch.dtype | None = None) -> ZeroSettings:

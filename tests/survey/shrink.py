@@ -55,7 +55,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 32, "hidden_size": 64, "expand": 2},
     "MiMoV2FlashForCausalLM": {
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5,
-        "swa_num_attention_heads": 2, "sliding_window_size": 32, "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 32, "swa_rope_theta": 1e4,
+        "num_attention_heads": 4, "swa_num_attention_heads": 4, "sliding_window_size": 32, "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 32, "swa_rope_theta": 1e4,
         "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "attention_value_scale": 1.0,
         "partial_rotary_factor": 1.0, "num_key_value_heads": 2, "attention_bias": False, "scoring_func": "sigmoid",
         "topk_method": "noaux_tc", "n_shared_experts": None,

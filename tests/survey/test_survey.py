@@ -30,6 +30,7 @@ def test_a_push_that_never_came_is_told(architecture, tmp_path) -> None:
     [
         "Qwen3VLMoeForConditionalGeneration",
         "LlavaForConditionalGeneration",
+        "Kimi_K25ForConditionalGeneration",
         "MixtralForCausalLM",
         "T5ForConditionalGeneration",
     ],
