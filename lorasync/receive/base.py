@@ -249,6 +249,14 @@ def _quant_state(packed: torch.Tensor) -> dict[str, Any]:
     return dict(json.loads(bytes(packed.cpu().tolist()).decode()))
 
 
+def has_checkpoint(model_config: Any) -> bool:
+    """Whether the engine's checkpoint lies here, in a format that is read."""
+    try:
+        return bool(_safetensors_of(str(model_config.model), model_config.revision))
+    except (SyncError, OSError, ValueError):  # a hub id that isn't cached, among others
+        return False
+
+
 def _safetensors_of(model: str, revision: str | None) -> list[Path]:
     folder = Path(model)
     if not folder.is_dir():
@@ -260,7 +268,9 @@ def _safetensors_of(model: str, revision: str | None) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SyncError(
-            f"{folder}: no safetensors files, expected the engine's checkpoint. Use base='device' or MergedSource."
+            f"{folder}: no safetensors files, expected the engine's checkpoint. It holds the base for base='checkpoint', "
+            "and for other kinds that of weights which an earlier push has changed. Use MergedSource, or base='device' on "
+            "an engine that has taken no push yet."
         )
     return files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
+from lorasync.receive.base import has_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,14 @@ def refuse_quantized(vllm_config: Any, twin: torch.nn.Module, *, what: str) -> N
 
 
 def changed_at_start(vllm_config: Any, model: torch.nn.Module) -> set[str]:
-    """The parameters that do not hold the checkpoint's weights from the start: all, if the engine loads random ones."""
+    """The parameters that do not hold the checkpoint's weights from the start: all, if the engine loads random ones.
+
+    Where there is no checkpoint either, what somebody has put into the engine is its base; the handshake compares it.
+    """
     load_format = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
-    if str(getattr(load_format, "value", load_format)) != "dummy":
+    if str(getattr(load_format, "value", load_format)) != "dummy" or not has_checkpoint(
+        vllm_config.model_config
+    ):
         return set()
     return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
 
