@@ -132,37 +132,6 @@ def apply_message(apply: Apply | None, source: Any) -> str:
     return json.dumps({"kind": "adapter", "other_base": apply.other_base, **factors})
 
 
-def scalings(source: Any) -> dict[str, float]:
-    """Each module's scaling, where factors travel: the workers know it from the handshake, a push brings A and B only."""
-    from lorasync.source import FactorSource
-
-    if not isinstance(source, FactorSource):
-        return {}
-    return source.scalings()
-
-
-def check_scalings(handshake: dict[str, float], now: dict[str, float]) -> None:
-    """Refuse a push of factors that the workers would scale as the handshake said, not as the trainer does now.
-
-    Raises:
-        MismatchError: naming every module whose scaling is another.
-    """
-    if handshake == now:
-        return
-    wrong = [
-        _Mismatch(
-            f"{name} (scaling)",
-            str(now[name]),
-            f"{handshake.get(name)}, as in the handshake",
-            "connect() again.",
-        )
-        for name in sorted(now)
-        if handshake.get(name) != now[name]
-    ]
-    if wrong:
-        raise MismatchError("The adapter's scaling has changed since connect(); nothing was sent.", wrong)
-
-
 def strategy_of(apply: Apply | None) -> str:
     """What a report calls the strategy."""
     return "merged" if apply is None else "factors" if isinstance(apply, MergeInWorker) else "adapter"

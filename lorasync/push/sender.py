@@ -13,9 +13,7 @@ from lorasync.push.apply import (
     Apply,
     MergeInWorker,
     ServeAdapter,
-    check_scalings,
     packed_base,
-    scalings,
     strategy_of,
 )
 from lorasync.push.payload import buckets
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lorasync.lent import Bucket, Lent
+    from lorasync.push.handshake import Handshake
     from lorasync.push.replicas import Replicas
     from lorasync.push.stop import Stop
     from lorasync.push.versions import AdapterVersions
@@ -58,12 +57,17 @@ class Source(Protocol):
 
 
 class Sender:
-    """The pushes of one connection; what it knows of the source is kept between them."""
+    """The pushes of one connection; what it knows of the source is kept between them.
 
-    def __init__(self, source: Source, apply: Apply | None, *, bucket_bytes: int) -> None:
+    Attributes:
+        handshake: what was agreed on; set before the first push.
+    """
+
+    handshake: Handshake
+
+    def __init__(self, apply: Apply | None, *, bucket_bytes: int) -> None:
         self._apply = apply
         self._bucket_bytes = bucket_bytes
-        self._scalings = scalings(source)
         self._lent = NOTHING
 
     def push(
@@ -163,7 +167,7 @@ class Sender:
         if isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source)):
             lent, stream = source.lend()
         if lent is NOTHING or lent is not self._lent:  # the same again has the same scalings
-            check_scalings(self._scalings, scalings(source))
+            self.handshake.check_scalings(source)
         self._lent = lent
         totals.source += time.perf_counter() - began
         return lent, timed(stream, totals)
@@ -175,7 +179,7 @@ class Sender:
         began, totals = time.perf_counter(), Totals(strategy_of(self._apply))
         with agreed_by_all_ranks():
             check()
-            check_scalings(self._scalings, scalings(source))
+            self.handshake.check_scalings(source)
         with agreed_by_all_ranks():
             for _, tensor in timed(source, totals):
                 totals.count(tensor)

@@ -15,6 +15,7 @@ from lorasync.push.afterwards import warned, with_canary, with_survival
 from lorasync.push.apply import Apply, ServeAdapter, apply_message
 from lorasync.push.arguments import check_arguments, refuse_engines_of_other_ranks
 from lorasync.push.fits import check_fits, dtypes_of_all_ranks
+from lorasync.push.handshake import Handshake
 from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.replicas import Replicas, named_targets
 from lorasync.push.sender import Sender
@@ -80,10 +81,11 @@ class Sync:
         self._busy = threading.Lock()
         self._busy_thread = 0
         self._down = False
-        self._sender = Sender(source, apply, bucket_bytes=bucket_bytes)
+        self._sender = Sender(apply, bucket_bytes=bucket_bytes)
         self._engines: Replicas | None = None  # on the rank that sends
         with self._or_goodbye(), agreed_by_all_ranks():
             manifest, message = source.metadata(), apply_message(apply, source)
+            self._sender.handshake = Handshake(source, apply, message)
             if rank() == 0:
                 self._engines = Replicas(
                     named_targets(target),
@@ -160,6 +162,7 @@ class Sync:
     def _push(self, version: int) -> SyncReport:
         def check() -> None:
             self._check_up("send_weights")
+            self._sender.handshake.check(self.source)
             check_fits(self.source, self.apply, self._dtypes)
 
         def committing() -> None:

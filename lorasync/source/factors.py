@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lorasync.errors import Mismatch, MismatchError, UnmergeableError
+from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
 from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import LowRank
 from lorasync.names import CheckpointLayout
@@ -30,6 +32,7 @@ from lorasync.source.trained import (
     only_active,
     pick_adapters,
     refuse_trained,
+    saved_buffers,
 )
 from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, full_shape, is_sharded
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
     from lorasync.source.layers import Step
 
+_VERSION = attrgetter("_version")
 # Inits that change the base weights when the adapter is made (PEFT's `init_lora_weights`).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq", "kasa")
 
@@ -202,7 +206,18 @@ class _Plan:
     scalings: dict[str, float]
     finite: FiniteCheck
     sharded: bool
+    frozen: list[Tensor]
     merges: dict[torch.dtype, Merges] = field(default_factory=dict)
+
+    @cached_property
+    def in_slots(self) -> dict[str, float]:
+        """LoRA slots keep B times its layer's scaling: by how much that makes a tensor larger."""
+        found = {}
+        for name in self.tensors:
+            path, _, rest = name.partition(".lora_")
+            if rest.startswith(("B", "embedding_B")):
+                found[name] = max(1.0, abs(self.scalings.get(path, 1.0)))
+        return found
 
 
 class FactorSource:
@@ -234,6 +249,11 @@ class FactorSource:
     """
 
     def __init__(self, model: Any, *, adapter: str | None = None, check_finite: bool = True) -> None:
+        if adapter is not None and not isinstance(adapter, str):
+            raise AdapterError(
+                f"adapter: got {adapter!r}, expected one name: factors are of one adapter. Combine several with "
+                "add_weighted_adapter, or use MergedSource(model, adapter=[…])."
+            )
         self.model: nn.Module = unwrap(model)
         self.adapter = adapter
         self.check_finite = check_finite
@@ -317,7 +337,8 @@ class FactorSource:
         plan = self._plan()
         peaks = plan.finite.peaks()
         limit = torch.finfo(dtype).max
-        refuse_range([(n, dtype) for n, peak in peaks.items() if self._scale(plan, n, slots) * peak > limit])
+        scales = plan.in_slots if slots else {}
+        refuse_range([(n, dtype) for n, peak in peaks.items() if scales.get(n, 1.0) * peak > limit])
         if slots:
             return
         merges = plan.merges.get(dtype)
@@ -325,12 +346,14 @@ class FactorSource:
             merges = plan.merges[dtype] = Merges(_all_slots(self.model, plan.adapter), plan.tensors, dtype)
         merges.check(peaks)
 
-    @staticmethod
-    def _scale(plan: _Plan, name: str, in_slots: bool) -> float:
-        """What a factor is multiplied by: LoRA slots keep B times the layer's scaling."""
-        path, _, rest = name.partition(".lora_")
-        of_b = rest.startswith(("B", "embedding_B"))
-        return max(1.0, abs(plan.scalings.get(path, 1.0))) if in_slots and of_b else 1.0
+    def base_state(self) -> object:
+        """Something that equals what it was while nothing was replaced, and no frozen tensor written to, since.
+
+        What is written through ``.data`` is not seen.
+        """
+        plan = self._plan()
+        with torch._C.DisableTorchFunctionSubclass():
+            return plan.built, plan.adapter, list(map(_VERSION, plan.frozen))
 
     def scalings(self) -> dict[str, float]:
         """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
@@ -389,7 +412,16 @@ class FactorSource:
         }
         finite = FiniteCheck([Input(name, tensor) for name, tensor in tensors.items()])
         sharded = any(map(can_be_sharded, tensors.values()))
-        self._planned = _Plan(adapter, Structure(self.model), tensors, others, scaled, finite, sharded)
+        self._planned = _Plan(
+            adapter,
+            Structure(self.model),
+            tensors,
+            others,
+            scaled,
+            finite,
+            sharded,
+            frozen=[*others.values(), *saved_buffers(self.model)],
+        )
         return self._planned
 
     def _excluded(self, adapter: str) -> Iterator[Tensor]:

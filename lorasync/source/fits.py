@@ -27,7 +27,12 @@ class Fit:
     def __init__(self, slot: Slot, dtype: torch.dtype) -> None:
         self._slot, self._dtype = slot, dtype
         self._limit = torch.finfo(dtype).max
+        self._half_step = self._limit * torch.finfo(dtype).eps / 4
         self._terms = [_term(slot, step) for step in slot.steps]
+        self._base_fits = slot.packing == "plain" and _range(slot.dtype) <= self._limit
+        only = slot.steps[0] if len(slot.steps) == 1 else None
+        is_dora = only is not None and only.how is not None and only.how.dora
+        self._magnitude = part_name(slot, only.adapter, 2) if only is not None and is_dora else ""
 
     def holds(self, peaks: dict[str, float]) -> bool:
         """Say so from the largest values of everything that goes into it."""
@@ -41,14 +46,11 @@ class Fit:
 
         What is less than half a step at the largest number is rounded away there: the sum stays finite.
         """
-        if _range(self._slot.dtype) > self._limit or self._slot.packing != "plain":
+        if not self._base_fits:
             return False
-        only = self._slot.steps[0] if len(self._slot.steps) == 1 else None
-        if (
-            only is not None and only.how is not None and only.how.dora
-        ):  # rows as long as the magnitudes are large
-            return peaks[part_name(self._slot, only.adapter, 2)] < self._limit
-        return self._added(peaks) < self._limit * torch.finfo(self._dtype).eps / 4
+        if self._magnitude:  # rows are as long as the magnitudes are large
+            return peaks[self._magnitude] < self._limit
+        return self._added(peaks) < self._half_step
 
     def _added(self, peaks: dict[str, float]) -> float:
         if self._slot.general is not None:

@@ -25,17 +25,18 @@ def base_samples(source: FactorSource) -> dict[str, WeightSample]:
     """Read a few elements of every frozen base weight (and saved buffer), by checkpoint name.
 
     What the checkpoint stores in other pieces than memory (experts that are fused in memory) is converted, and sampled
-    piece by piece. What is converted together is gathered together; every rank has to call it. Only weights that are
-    trained themselves are left out: they travel.
+    piece by piece. What is converted together is gathered together; every rank has to call it. Only weights that travel
+    themselves are left out.
     """
     base = base_of(source.model)
     found = {slot.name: slot for slot in slots(base, (source._adapter(),))}
     layout = CheckpointLayout(base)
     metas = {n: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for n, slot in found.items()}
     samples: dict[str, WeightSample] = {}
+    travels = {id(tensor) for tensor in source._plan().tensors.values()}
     for group in layout.groups(metas):
         members = [found[name] for name in group.members]
-        if not any(slot.held.requires_grad for slot in members):
+        if not any(id(slot.held) in travels for slot in members):
             with whole([slot.held for slot in members]) as gathered:
                 samples.update(_samples(group, members, layout, gathered))
     return samples

@@ -13,7 +13,7 @@ from lorasync.source.model import base_of, named, peft_of
 from lorasync.source.structure import ADAPTER_MODULES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     if not layers:
         fix = "Wrap it with peft.get_peft_model first, or pass the PEFT model, not its base."
         raise AdapterError(f"model: got {type(base).__name__} without an adapter, expected one. {fix}")
-    wanted = None if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    wanted = None if adapter is None else (adapter,) if isinstance(adapter, str) else _names(adapter)
     for name in wanted or ():
         if name not in known or not any(name in held(layer) for _, layer in layers):
             raise AdapterError(
@@ -55,6 +55,12 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
             "what its frozen base does. Call model.set_adapter(…), or name the adapter: adapter=…."
         )
     return wanted
+
+
+def _names(adapter: object) -> tuple[str, ...]:
+    if not isinstance(adapter, list | tuple) or not all(isinstance(name, str) for name in adapter):
+        raise AdapterError(f"adapter: got {adapter!r}, expected a name, or a list of names.")
+    return tuple(adapter)
 
 
 def configs(model: nn.Module) -> dict[str, Any]:
@@ -132,6 +138,14 @@ def beside(model: nn.Module, travelling: Iterable[Tensor]) -> dict[str, Tensor]:
             if param is not None and id(param) not in sent:
                 found.setdefault(id(param), (f"{path}.{name}" if path else name, param))
     return dict(found.values())
+
+
+def saved_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The buffers of the base that its checkpoint has."""
+    for _, module in named(base_of(model)):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 def refuse_trained(others: dict[str, Tensor], adapter: str) -> None:
