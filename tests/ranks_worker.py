@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lorasync.errors import NonFiniteError, UngatheredError
+from lorasync.errors import AdapterError, NonFiniteError, UngatheredError
 from lorasync.source import FactorSource, MergedSource
 from lorasync.source import whole as whole_module
 from lorasync.source.plan import slots
@@ -202,6 +203,39 @@ def refusals(model: Any, source: MergedSource) -> dict[str, str]:
     return said
 
 
+def look_at_fsdp() -> dict[str, Any]:
+    """What FSDP2 keeps gathered after a forward pass is outdated once an optimizer has stepped; FSDP1 has flat shards."""
+    model = with_fsdp2(llama(modules_to_save=["lm_head"]))
+    model.train()
+    ids = torch.arange(8).view(1, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        model(input_ids=ids)
+    found = {}
+    merged, factors = MergedSource(model), FactorSource(model)
+    optimizer.step()
+    for name, source in (("merged", merged), ("factors", factors)):
+        found[name] = {n: t.clone() for n, t in source}
+    model.reshard()
+    same = {
+        "merged": _alike(found["merged"], dict(MergedSource(model))),
+        "factors": _alike(found["factors"], dict(FactorSource(model))),
+    }
+    refusals = []
+    flat = FullyShardedDataParallel(llama(), use_orig_params=True, device_id=torch.device("cpu"))
+    for kind in (MergedSource, FactorSource):
+        try:
+            kind(flat)
+        except AdapterError as error:
+            refusals.append(str(error))
+    return {"same": same, "refusals": refusals}
+
+
+def _alike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def main(job: str, out: Path) -> None:
     torch.set_num_threads(1)
     if job.startswith("zero"):
@@ -218,9 +252,10 @@ def main(job: str, out: Path) -> None:
         "dora": lambda: llama(use_dora=True, modules_to_save=["lm_head"]),
         "4bit": lambda: packed(path, storage),
     }
-    results = {}
+    results: dict[str, Any] = {}
     if job == "fsdp2":  # it shards bytes as they are
         makes["4bit in bytes"] = lambda: packed(path, torch.uint8)
+        results["fsdp"] = look_at_fsdp()
     for kind in makes:
         make = makes[kind]
         model = with_fsdp2(make()) if job == "fsdp2" else with_zero(make(), int(job[-1]))

@@ -93,3 +93,15 @@ def test_shards_are_never_taken_for_weights_and_all_ranks_refuse_a_nan(
         assert "gathered()" in result["refusals"]["ungathered"]
         assert "NaN or Inf" in result["refusals"]["nan"]
         assert "self_attn.q_proj.weight (default, B)" in result["refusals"]["nan"]
+
+
+def test_what_fsdp2_has_gathered_is_not_taken_for_weights_and_shards_of_fsdp1_are_refused(
+    ranks: tuple[str, list[Any]],
+) -> None:
+    job, found = ranks
+    if job != "fsdp2":
+        pytest.skip("looked at once")
+    for result in (rank["fsdp"] for rank in found):
+        assert result["same"] == {"merged": True, "factors": True}
+        assert len(result["refusals"]) == 2
+        assert all("summon_full_params" in refusal for refusal in result["refusals"])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from torch.nn.utils import prune
 
 import lorasync as ls
-from lorasync.errors import AdapterError, MismatchError
+from lorasync.errors import AdapterError, MismatchError, UnmergeableError
 from lorasync.push.apply import MergeInWorker, ServeAdapter, apply_message
 from lorasync.source import FactorSpec
 from tests.models import move, tiny_llama, with_adapter
@@ -200,3 +201,78 @@ def test_a_scaling_that_was_undone_is_served() -> None:
 )
 def test_scalings_that_a_config_gives_are_served(settings: dict[str, Any]) -> None:
     assert apply_message(ServeAdapter("policy"), ls.FactorSource(with_adapter(tiny_llama(), **settings)))
+
+
+def saved_twice() -> Any:
+    model = with_adapter(tiny_llama(), modules_to_save=["lm_head"])
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    return model
+
+
+def test_several_adapters_with_the_same_saved_module_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"'default', 'second'.*lm_head.*one at a time"):
+        ls.MergedSource(saved_twice(), adapter=["default", "second"])
+    ls.MergedSource(saved_twice(), adapter="second")
+
+
+def test_tokens_that_two_adapters_train_or_no_vocabulary_has_are_refused() -> None:
+    model = with_adapter(tiny_llama(), target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 9]))
+    with pytest.raises(MismatchError, match=r"embed_tokens.*second.*token 5"):
+        ls.MergedSource(model, adapter=["default", "second"])
+    ls.MergedSource(model, adapter="second")
+    for source in SOURCES:
+        with pytest.raises(MismatchError, match=r"token -1, expected 0 to"):
+            source(with_adapter(tiny_llama(), target_modules=["q_proj"], trainable_token_indices=[-1]))
+
+
+@pytest.mark.parametrize("adapter", [["default"], ("default", "second"), 3])
+def test_factors_are_of_one_adapter(adapter: Any) -> None:
+    with pytest.raises(AdapterError, match="expected one name"):
+        ls.FactorSource(with_adapter(tiny_llama()), adapter=adapter)
+
+
+def test_an_adapter_that_is_no_name_is_refused() -> None:
+    with pytest.raises(AdapterError, match="got 3, expected a name"):
+        ls.MergedSource(with_adapter(tiny_llama()), adapter=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float])
+def test_a_dtype_is_a_floating_point_one(dtype: Any) -> None:
+    if dtype is torch.float:
+        ls.MergedSource(with_adapter(tiny_llama()), dtype=dtype)
+        return
+    with pytest.raises(TypeError, match=r"dtype.*floating-point"):
+        ls.MergedSource(with_adapter(tiny_llama()), dtype=dtype)
+
+
+def old_norm(module: nn.Module) -> None:
+    nn.utils.weight_norm(module)
+
+
+def new_norm(module: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(module)
+
+
+def pruned(module: nn.Module) -> None:
+    prune.l1_unstructured(module, "weight", amount=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("compute", [old_norm, new_norm, pruned])
+def test_a_base_weight_that_is_computed_is_refused(compute: Any, source: Any) -> None:
+    model = tiny_llama()
+    compute(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(UnmergeableError, match=r"layers\.0\.mlp\.up_proj.*computes weight"):
+        source(with_adapter(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("compute", [old_norm, new_norm])
+def test_so_is_a_factor(compute: Any, source: Any) -> None:
+    model = with_adapter(tiny_llama())
+    compute(model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"])
+    with pytest.raises(UnmergeableError, match=r"layers\.0\.mlp\.up_proj.*lora_B computes its weight"):
+        source(model)

@@ -18,6 +18,7 @@ from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
 from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.fits import Merges, refuse_range
+from lorasync.source.fsdp import drop_gathered, fsdp_modules
 from lorasync.source.merged import ParamMeta
 from lorasync.source.model import base_of, named, unwrap
 from lorasync.source.picked import picked
@@ -207,6 +208,7 @@ class _Plan:
     finite: FiniteCheck
     sharded: bool
     frozen: list[Tensor]
+    fsdp: list[Any]
     merges: dict[torch.dtype, Merges] = field(default_factory=dict)
 
     @cached_property
@@ -399,6 +401,7 @@ class FactorSource:
     def _plan(self) -> _Plan:
         """What there is to send, looked for again if the model is not built as it was."""
         before = self._planned
+        drop_gathered(fsdp_modules(self.model) if before is None else before.fsdp)
         if before is not None and before.built.holds():
             return before
         adapter = self._adapter()
@@ -421,6 +424,7 @@ class FactorSource:
             finite,
             sharded,
             frozen=[*others.values(), *saved_buffers(self.model)],
+            fsdp=fsdp_modules(self.model),
         )
         return self._planned
 

@@ -15,15 +15,17 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.layer import ParamWrapper, _ConvNd
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
-from lorasync.errors import UnmergeableError
+from lorasync.errors import Mismatch, MismatchError, UnmergeableError
 from lorasync.merge import LowRank, merge_low_rank, replace_rows
 from lorasync.source.model import transparent
+from lorasync.zero import can_be_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lorasync.source.trained import Adapters
     from lorasync.source.whole import Whole
@@ -102,7 +104,7 @@ def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> No
         UnmergeableError: The variant can't be merged; the message says what works instead.
     """
     variant = getattr(layer, "lora_variant", {}).get(adapter)
-    reason = reason or _NEVER.get(type(variant).__name__)
+    reason = _computed(layer, adapter) or reason or _NEVER.get(type(variant).__name__)
     base = layer.get_base_layer()
     if reason is None and isinstance(layer, _ConvNd) and base.groups > 1:
         reason = (
@@ -115,6 +117,61 @@ def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> No
         raise UnmergeableError(
             f"{name}: got adapter {adapter!r} of {type(layer).__name__}, which can't be merged: {reason}."
         )
+
+
+def _computed(layer: Any, adapter: str) -> str | None:
+    """Why a weight, or a factor, is no parameter that could be read: PyTorch computes it at each use."""
+    _, inner = chain_of(layer)
+    weight = _weight_name(layer)
+    held = inner._parameters.keys() | inner._buffers.keys()
+    if weight not in held and hasattr(inner, weight):
+        return (
+            f"its base computes {weight} at each use (weight_norm, pruning, a parametrization): remove that before PEFT "
+            "wraps the model"
+        )
+    for name in layer.adapter_layer_names:
+        factor = getattr(layer, name, None)
+        held_by = factor[adapter] if isinstance(factor, nn.ModuleDict) and adapter in factor else None
+        if held_by is not None and hasattr(held_by, "weight") and "weight" not in held_by._parameters:
+            return f"{name} computes its weight (weight_norm, a parametrization): remove that before training"
+    return None
+
+
+def refuse_rows_of_several(merged: list[tuple[Any, str]], name: str) -> None:
+    """Refuse tokens that several adapters train: the last would win. PEFT refuses them as well.
+
+    Raises:
+        MismatchError: naming the tokens; or an index that the vocabulary doesn't have.
+    """
+    owner: dict[int, str] = {}
+    wrong = []
+    for layer, adapter in merged:
+        if not isinstance(layer, TrainableTokensLayer):
+            continue
+        rows = len(layer.get_base_layer().weight) if not _is_sharded(layer) else None
+        for index in map(int, layer.token_indices[adapter]):
+            if index < 0 or (rows is not None and index >= rows):
+                fix = "Train with trainable_token_indices within the vocabulary."
+                wrong.append(
+                    Mismatch(f"{name} ({adapter})", f"token {index}", f"0 to {(rows or 0) - 1}", fix)
+                )
+            elif index in owner:
+                fix = "Push the adapters one at a time."
+                wrong.append(
+                    Mismatch(
+                        f"{name} ({adapter})",
+                        f"token {index}",
+                        f"one adapter for it, not {owner[index]} too",
+                        fix,
+                    )
+                )
+            owner.setdefault(index, adapter)
+    if wrong:
+        raise MismatchError("Trained tokens can't be merged.", wrong)
+
+
+def _is_sharded(layer: Any) -> bool:
+    return can_be_sharded(layer.get_base_layer().weight)
 
 
 def factors(layer: Any, adapter: str) -> tuple[Tensor, ...]:

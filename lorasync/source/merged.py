@@ -14,6 +14,7 @@ from lorasync.names import CheckpointLayout, Group
 from lorasync.source.exclude import patterns, without
 from lorasync.source.finite import FiniteCheck, inputs_of
 from lorasync.source.fits import Fit, check_fits, may_leave
+from lorasync.source.fsdp import drop_gathered, fsdp_modules
 from lorasync.source.model import base_of, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
@@ -58,6 +59,7 @@ class _Plan:
     inputs: list[Tensor]
     tied: list[list[Slot]]
     sharded: bool
+    fsdp: list[Any]
 
     @property
     def groups(self) -> Iterator[Group]:
@@ -85,7 +87,9 @@ class MergedSource:
             a part of the model. An engine refuses a push that leaves out something that it serves.
 
     Raises:
-        AdapterError: No adapter, not this one, or it is merged in place or disabled.
+        TypeError: ``dtype`` is no floating-point dtype.
+        AdapterError: No adapter, not this one, or it is merged in place or disabled; or several have the same saved
+            module.
         UnmergeableError: The adapter has no merged form; the message names what works.
         MismatchError: Tied weights would get different values, or ``exclude`` has a pattern that fits no name.
 
@@ -110,6 +114,10 @@ class MergedSource:
         untie: bool = False,
         exclude: Sequence[str] = (),
     ) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                f"dtype: got {dtype!r}, expected a floating-point torch.dtype, for example torch.bfloat16."
+            )
         self.model: nn.Module = unwrap(model)
         self.adapter = adapter
         self.dtype = dtype
@@ -216,6 +224,8 @@ class MergedSource:
     def _plan(self) -> _Plan:
         """The plan of a pass, made anew if the model is not built as it was."""
         settings, before = (self.adapter, self.dtype, self.untie, self.exclude), self._planned
+        fsdp = fsdp_modules(self.model) if before is None else before.fsdp
+        drop_gathered(fsdp)
         if before is not None and before.settings == settings and before.built.holds():
             return before
         built = Structure(self.model)
@@ -236,6 +246,7 @@ class MergedSource:
             inputs=list(params.values()),
             tied=sharing(everything),
             sharded=any(map(can_be_sharded, params.values())),
+            fsdp=fsdp_modules(self.model),
         )
         return self._planned
 

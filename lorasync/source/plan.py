@@ -190,7 +190,7 @@ class _Walk:
             yield from self._tuner(module, prefix)
             return
         if isinstance(module, AuxiliaryTrainingWrapper):
-            yield from self.module(self._live(module), prefix)
+            yield from self.module(self._live(module, prefix), prefix)
             return
         inner = transparent(module)
         if inner is not None:
@@ -206,6 +206,7 @@ class _Walk:
         for each, name in merged:
             reason = "it acts on a whole block, which has no weight of its own" if bare else None
             layers.refuse(each, name, prefix.removesuffix("."), reason)
+        layers.refuse_rows_of_several(merged, prefix.removesuffix("."))
         yield from self._own(inner, prefix, merged, twice=twice)
         if isinstance(inner, nn.MultiheadAttention):
             yield from self._tuner(cast("Any", inner.out_proj), f"{prefix}out_proj.", twice=True)
@@ -231,15 +232,21 @@ class _Walk:
                 )
                 yield Slot(slot.name, dtype, shape, module, attr, steps)
 
-    def _live(self, wrapper: Any) -> nn.Module:
+    def _live(self, wrapper: Any, prefix: str) -> nn.Module:
         """The module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
         if not isinstance(wrapper, ModulesToSaveWrapper):
             adapter: nn.Module = wrapper.token_adapter
             return adapter
-        for name in wrapper.active_adapters if self.adapters is None else self.adapters:
-            if name in wrapper.modules_to_save:
-                saved: nn.Module = wrapper.modules_to_save[name]
-                return saved
+        wanted = wrapper.active_adapters if self.adapters is None else self.adapters
+        having = [name for name in wanted if name in wrapper.modules_to_save]
+        if len(having) > 1:
+            raise AdapterError(
+                f"adapters {having}: each got a saved module of its own for {prefix.removesuffix('.')}, expected one "
+                "adapter that has it: one of them would be dropped. Push them one at a time."
+            )
+        if having:
+            saved: nn.Module = wrapper.modules_to_save[having[0]]
+            return saved
         original: nn.Module = wrapper.original_module
         return original
 

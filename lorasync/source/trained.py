@@ -9,6 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from lorasync.errors import AdapterError, UnmergeableError
+from lorasync.source.fsdp import refuse_fsdp1
 from lorasync.source.model import base_of, named, peft_of
 from lorasync.source.structure import ADAPTER_MODULES
 
@@ -39,6 +40,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     known = sorted(configs(model))
     layers = [(path, m) for path, m in named(base) if isinstance(m, ADAPTER_MODULES)]
     _refuse_kinds(model)
+    refuse_fsdp1(model)
     if not layers:
         fix = "Wrap it with peft.get_peft_model first, or pass the PEFT model, not its base."
         raise AdapterError(f"model: got {type(base).__name__} without an adapter, expected one. {fix}")
