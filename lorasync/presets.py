@@ -38,6 +38,9 @@ class QuantPreset:
     quant_type: Literal["nf4", "fp4", "int8"]
     double_quant: bool = False
 
+    def __post_init__(self) -> None:
+        _refuse_values(self)
+
     @property
     def bits(self) -> int:
         """Bits of one packed weight, without its share of the scales."""
@@ -68,7 +71,11 @@ class QuantPreset:
         import torch
         from transformers import BitsAndBytesConfig
 
-        _refuse_unknown("BitsAndBytesConfig", overrides, _parameters(BitsAndBytesConfig))
+        known = _parameters(BitsAndBytesConfig)
+        other = "bnb_4bit_" if self.bits == 8 else "load_in_8bit"
+        _refuse_unknown(
+            "BitsAndBytesConfig", overrides, [name for name in known if not name.startswith(other)]
+        )
         if self.bits == 8:
             return BitsAndBytesConfig(**{"load_in_8bit": True, **overrides})
         settings = {
@@ -102,6 +109,9 @@ class TrainPreset:
     gradient_checkpointing: bool = True
     optimizer_offload: Offload = "none"
     learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _refuse_values(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,6 +236,32 @@ def _by_names_in(config: Mapping[str, Any], overrides: dict[str, Any]) -> dict[s
     other = {name: alias for name, alias in aliases().items() if alias in config["zero_optimization"]}
     given = {other[key] if key in other and other[key] not in zero else key: v for key, v in zero.items()}
     return {**overrides, "zero_optimization": given}
+
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "quant_type": ("nf4", "fp4", "int8"),
+    "stage": (0, 1, 2, 3),
+    "precision": ("bf16", "fp16", "fp32"),
+    "optimizer_offload": ("none", "cpu"),
+}
+_COUNTS = ("r", "alpha", "micro_batch", "global_batch")
+
+
+def _refuse_values(preset: Any) -> None:
+    """Refuse values that no preset can have, all at once: a changed copy of one comes by here too."""
+    given = {field.name: getattr(preset, field.name) for field in fields(preset)}
+    wrong = [
+        Mismatch(name, repr(value), "one of " + ", ".join(map(repr, _VALUES[name])), "Choose one.")
+        for name, value in given.items()
+        if name in _VALUES and not any(value == each and type(value) is type(each) for each in _VALUES[name])
+    ]
+    wrong += [
+        Mismatch(name, repr(value), "a whole number above 0", "Correct it.")
+        for name, value in given.items()
+        if name in _COUNTS and value is not None and (type(value) is not int or value < 1)
+    ]
+    if wrong:
+        raise MismatchError(f"{type(preset).__name__} {preset.name!r}: got values that it can't have.", wrong)
 
 
 def _refuse_unknown(owner: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -7,11 +7,13 @@ import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from bitsandbytes import functional
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config
 
@@ -321,3 +323,53 @@ def test_a_training_preset_or_a_bad_ds_config_is_refused(tiny: str):
     with pytest.raises(ZeroIncompatibilityError, match="all-reduce-fetch"):
         load(tiny, ds_config=ds_config)
     assert load(tiny, ds_config=QLORA_ZERO2.deepspeed_config())
+
+
+def rewritten(tiny: str, folder: Path, change: Any) -> Path:
+    """The checkpoint with other tensors."""
+    shutil.copytree(tiny, folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+DAMAGED = {
+    "no norm": (lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}, "no model.norm.weight"),
+    "no q_proj": (
+        lambda t: {n: v for n, v in t.items() if "q_proj" not in n},
+        r"no model\.layers\.0\.self_attn\.q_proj",
+    ),
+    "other names": (lambda t: {f"foo.{n}": v for n, v in t.items()}, r"It has foo\."),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny: str, tmp_path: Path, change: Any, message: str):
+    with pytest.raises(LoadError, match=f"{message}.*is random|the rest is random.*{message}"):
+        load(rewritten(tiny, tmp_path / "damaged", change))
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused(tiny: str, tmp_path: Path):
+    shutil.copytree(tiny, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LoadError, match="no readable weights"):
+        load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip_modules": "lm_head"}, r"got 'lm_head', expected a list"),
+        ({"skip_modules": ["lm_haed"]}, r"lm_haed.*lm_head"),
+        ({"quantization_config": object()}, "quantization_config"),
+        ({"torch_dtype": torch.float16}, "torch_dtype.*dtype="),
+        ({"config": LlamaConfig()}, "got config"),
+        ({"dtype": "bfloat16"}, "dtype: got 'bfloat16'"),
+    ],
+)
+def test_arguments_that_would_be_ignored_or_win_are_refused(
+    tiny: str, settings: dict[str, Any], message: str
+):
+    with pytest.raises(LoadError, match=message):
+        load(tiny, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -143,3 +144,28 @@ def test_unknown_entries_of_a_bitsandbytes_config_are_refused_and_not_ignored():
         INT8.bnb_config(skip_modules=["lm_head"])
     with pytest.raises(MismatchError, match=r"(?s)colour.*Leave it out.*weight"):
         NF4.bnb_config(colour=1, weight=2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "change", "message"),
+    [
+        (QLORA_ZERO2, {"stage": 5}, "stage: got 5"),
+        (QLORA_ZERO2, {"stage": "2"}, "stage: got '2'"),
+        (QLORA_ZERO2, {"precision": "bf-16"}, "precision: got 'bf-16'"),
+        (QLORA_ZERO2, {"optimizer_offload": "CPU"}, "optimizer_offload: got 'CPU'"),
+        (QLORA_ZERO2, {"micro_batch": "4"}, "micro_batch: got '4'"),
+        (QLORA_ZERO2, {"r": 0}, "r: got 0"),
+        (NF4, {"quant_type": "nf5"}, "quant_type: got 'nf5'"),
+        (NF4, {"quant_type": "INT8"}, "quant_type: got 'INT8'"),
+    ],
+)
+def test_a_changed_preset_has_values_that_mean_something(preset, change, message):
+    with pytest.raises(MismatchError, match=message):
+        dataclasses.replace(preset, **change)
+
+
+def test_settings_of_the_other_width_are_refused():
+    with pytest.raises(MismatchError, match="bnb_4bit_quant_type"):
+        INT8.bnb_config(bnb_4bit_quant_type="nf4")
+    with pytest.raises(MismatchError, match="load_in_8bit"):
+        NF4.bnb_config(load_in_8bit=True)

@@ -115,7 +115,7 @@ def test_whole_modules_have_to_fit_too():
     [
         (["lm_head.*"], {"lm_head.weight"}),
         (["model.norm.weight"], {"model.norm.weight"}),
-        (["*.layers.1.*", "lm_head.*"], None),
+        (["*_layernorm.weight", "lm_head.*"], None),
     ],
 )
 def test_names_that_are_excluded_are_not_streamed_and_the_others_are_what_they_were(exclude, left_out):
@@ -124,7 +124,7 @@ def test_names_that_are_excluded_are_not_streamed_and_the_others_are_what_they_w
     everything = dict(ls.MergedSource(model))
     rest = dict(source := ls.MergedSource(model, exclude=exclude))
     gone = everything.keys() - rest.keys()
-    assert gone == (left_out or {n for n in everything if ".layers.1." in n or n == "lm_head.weight"})
+    assert gone == (left_out or {n for n in everything if "_layernorm." in n or n == "lm_head.weight"})
     assert list(rest) == [meta.name for meta in source.metadata()]
     assert all(torch.equal(tensor, everything[name]) for name, tensor in rest.items())
     lent, others = source.lend()
@@ -146,3 +146,17 @@ def test_what_is_excluded_is_not_checked():
     with pytest.raises(NonFiniteError):
         dict(ls.MergedSource(model))
     dict(ls.MergedSource(model, exclude=["lm_head.*"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({}, "*.layers.1.*"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.*"),
+        ({"target_modules": ["lm_head"]}, "lm_head.*"),
+    ],
+)
+def test_what_is_trained_is_not_left_out(settings, pattern):
+    """An engine that ties its head ignores the trained one: leaving it out would serve another policy."""
+    with pytest.raises(MismatchError, match=r"(?s)what is trained.*left out, though it is trained"):
+        ls.MergedSource(policy(**settings), exclude=[pattern])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from packaging.version import Version
 
 from lorasync.errors import LoadError
 from lorasync.kernels import dequantize_4bit
-from lorasync.memory import Weights, available_bytes, class_named_by, human
+from lorasync.memory import Weights, available_bytes, class_named_by, human, skeleton
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
@@ -51,6 +52,77 @@ def refuse_device_map(from_pretrained: Mapping[str, Any]) -> None:
             'Zero-3 is not compatible with passing a device_map"). Leave it out: every rank loads onto '
             "its own device; device= picks another one."
         )
+
+
+def check_arguments(dtype: object, from_pretrained: Mapping[str, Any]) -> None:
+    """Refuse what transformers would take instead of what was asked for here, or would ignore.
+
+    Raises:
+        LoadError: naming the argument.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LoadError(
+            f"dtype: got {dtype!r}, expected a floating-point torch.dtype, for example torch.bfloat16."
+        )
+    instead = {
+        "quantization_config": "Pass a preset (NF4, FP4, INT8), or lorasync.presets.QuantPreset.",
+        "load_in_4bit": "Pass the preset NF4.",
+        "load_in_8bit": "Pass the preset INT8.",
+        "torch_dtype": "Pass dtype=.",
+        "config": "Save it beside the weights: memory and the ZeRO guard are judged by config.json.",
+        "state_dict": "Save it with model.save_pretrained, and pass the folder.",
+    }
+    for name, fix in instead.items():
+        if from_pretrained.get(name) is not None:
+            raise LoadError(f"load_quantized(): got {name}, expected none. {fix}")
+
+
+def check_skips(config: PretrainedConfig, skip: object) -> None:
+    """Refuse names of modules that the model doesn't have: they would be quantized.
+
+    Raises:
+        LoadError: naming them, and what there is.
+    """
+    if skip is None:
+        return
+    if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
+        raise LoadError(f"skip_modules: got {skip!r}, expected a list of names, for example ['lm_head'].")
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    paths = [name for name, _ in skeleton(plain).named_modules()]
+    unknown = [
+        name for name in skip if not any(re.search(rf"(^|\.){re.escape(name)}($|\.)", path) for path in paths)
+    ]
+    if unknown:
+        ends = sorted(
+            {path.rpartition(".")[2] for path in paths if path and not path.rpartition(".")[2].isdigit()}
+        )
+        raise LoadError(f"skip_modules: got {unknown}, expected names of modules: {', '.join(ends)}.")
+
+
+def check_loaded(path: object, found: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers completed with random weights.
+
+    Raises:
+        LoadError: naming what the checkpoint lacks.
+    """
+    missing = sorted(found.get("missing_keys", ()))
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found.get("mismatched_keys", ()))
+    if not missing and not other:
+        return
+    said = [
+        f"{what} {', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''}"
+        for what, names in (("no", missing), ("another shape of", other))
+        if names
+    ]
+    stray = sorted(found.get("unexpected_keys", ()))
+    hint = f" It has {', '.join(stray[:_SHOWN])}, which the model doesn't." if stray else ""
+    raise LoadError(
+        f"{path}: got {' and '.join(said)}, expected every weight of the model: the rest is random.{hint} Is the checkpoint "
+        "complete, and its config.json its own?"
+    )
+
+
+_SHOWN = 5
 
 
 def read_config(path: str | os.PathLike[str], from_pretrained: Mapping[str, Any]) -> PretrainedConfig:

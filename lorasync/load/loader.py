@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from lorasync.errors import LoadError
 from lorasync.load.checks import (
     agreed_preset,
     agreed_storage,
+    check_arguments,
     check_bitsandbytes,
     check_dequantizes,
     check_fits,
+    check_loaded,
+    check_skips,
     dtype_name,
     error_line,
     existing_quantization,
@@ -73,8 +77,9 @@ def load_quantized(
 
     Raises:
         LoadError: bitsandbytes is missing or too old, the path is wrong, the checkpoint is quantized in
-            another way, a ``device_map`` was given, or the model does not fit. Nothing has been loaded
-            then. Or the model was loaded, and this CPU's bitsandbytes reads some of its weights wrong.
+            another way, an argument contradicts the preset (``device_map``, ``quantization_config``, ``config``), or the
+            model does not fit. Nothing has been loaded then. Or the model was loaded, and its checkpoint lacks weights, or
+            this CPU's bitsandbytes reads some of them wrong.
         ZeroIncompatibilityError: the model would not work with ``ds_config``.
 
     Example:
@@ -84,6 +89,7 @@ def load_quantized(
     started = time.perf_counter()
     check_bitsandbytes()
     refuse_device_map(from_pretrained)
+    check_arguments(dtype, from_pretrained)
     config = read_config(path, from_pretrained)
     kind, existing = loading_class(path, config), existing_quantization(path, config)
     preset = agreed_preset(path, preset, existing)
@@ -92,6 +98,7 @@ def load_quantized(
         check_zero(ZeroPlan(config, preset, dtype=dtype, storage_dtype=storage), ds_config)
     place = _device(device)
     weights = _weigh(config, dtype, from_pretrained)
+    check_skips(config, from_pretrained.get("skip_modules"))
     if check_memory:
         check_fits(path, weights, preset, dtype, place)
     if existing is None:
@@ -171,12 +178,14 @@ def _from_pretrained(
         settings["device_map"] = {"": device}
     try:
         with _progress_bar(progress):
-            return kind.from_pretrained(path, dtype=dtype, **settings)
-    except OSError as error:
+            model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
+    except (OSError, SafetensorError) as error:
         raise LoadError(
             f"{path}: got no readable weights ({error_line(error)}), expected safetensors files beside "
             "config.json. Download the checkpoint again."
         ) from error
+    check_loaded(path, found)
+    return model
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from lorasync.errors import Mismatch, MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lorasync.names import Group
+    from lorasync.source.plan import Slot
 
 _SHOWN = 3
 
@@ -52,6 +53,29 @@ def without(groups: list[Group], exclude: tuple[str, ...]) -> list[Group]:
     if wrong:
         raise MismatchError("exclude: got patterns that don't fit the checkpoint's names.", wrong)
     return kept
+
+
+def refuse_trained_out(groups: list[Group], kept: list[Group], stored: Mapping[str, Slot]) -> None:
+    """Refuse to leave out what an adapter changes or what is trained: the engine would not serve the policy.
+
+    Raises:
+        MismatchError: With each such name.
+    """
+    left = {name for group in kept for name in group.members}
+    wrong = [
+        Mismatch(
+            group.outputs[0][0],
+            "left out, though it is trained",
+            "only what is frozen",
+            "An engine without it does not serve the policy. If the engine ties it (lm_head), start it with "
+            "hf_overrides={'tie_word_embeddings': False}.",
+        )
+        for group in groups
+        for name in group.members
+        if name not in left and (stored[name].adapted or stored[name].held.requires_grad)
+    ]
+    if wrong:
+        raise MismatchError("exclude: got patterns of what is trained.", wrong)
 
 
 def _matches(name: str, fits: dict[str, bool]) -> bool:

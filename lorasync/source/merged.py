@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
-from lorasync.source.exclude import patterns, without
+from lorasync.source.exclude import patterns, refuse_trained_out, without
 from lorasync.source.finite import FiniteCheck, inputs_of
 from lorasync.source.fits import Fit, check_fits, may_leave
 from lorasync.source.fsdp import drop_gathered, fsdp_modules
@@ -84,7 +84,7 @@ class MergedSource:
         rounding: How to round what was merged: `Nearest`, or `Stochastic` with a seed.
         untie: Yield tied weights under each of their names, for an engine that serves them untied.
         exclude: Patterns (`fnmatch`: ``"visual.*"``) of the checkpoint's names to leave out, for an engine that serves
-            a part of the model. An engine refuses a push that leaves out something that it serves.
+            a part of the model. What is trained can't be left out; an engine refuses a push without what it serves.
 
     Raises:
         TypeError: ``dtype`` is no floating-point dtype.
@@ -254,6 +254,7 @@ class MergedSource:
         """What is streamed: what the checkpoint stores, less what is excluded."""
         stored = self._stored(everything)
         groups = without(self._groups(stored), self.exclude)
+        refuse_trained_out(self._groups(stored), groups, stored)
         members = {name for group in groups for name in group.members}
         return {name: slot for name, slot in stored.items() if name in members}, groups
 
