@@ -276,3 +276,16 @@ def test_so_is_a_factor(compute: Any, source: Any) -> None:
     compute(model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"])
     with pytest.raises(UnmergeableError, match=r"layers\.0\.mlp\.up_proj.*lora_B computes its weight"):
         source(model)
+
+
+def test_an_adapter_is_named_once() -> None:
+    with pytest.raises(AdapterError, match="default twice"):
+        ls.MergedSource(with_adapter(tiny_llama()), adapter=["default", "default"])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_of_inference_tensors_is_refused(source: Any) -> None:
+    with torch.inference_mode():
+        model = with_adapter(tiny_llama())
+    with pytest.raises(AdapterError, match=r"inference_mode\(\)"):
+        source(model)

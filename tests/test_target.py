@@ -147,11 +147,22 @@ def test_a_call_that_has_not_ended_when_it_returns_is_refused(call, returned):
     loop.close()
 
 
-def test_a_reset_that_says_no_is_an_error():
+@pytest.mark.parametrize("call", ["reset_prefix_cache", "reset_encoder_cache"])
+@pytest.mark.parametrize(
+    "answer", [False, 0, "", SimpleNamespace(status_code=500), SimpleNamespace(status_code=404)]
+)
+def test_a_reset_that_says_no_is_an_error(call, answer):
     client = Client(StubLLM())
-    client.reset_prefix_cache = lambda: False
-    with pytest.raises(SyncError, match="prefix cache"):
+    setattr(client, call, lambda: answer)
+    with pytest.raises(SyncError, match=f"{call}: the engine said"):
         CallsTarget(client, timeout=5.0).reset_caches()
+
+
+@pytest.mark.parametrize("answer", [None, True, SimpleNamespace(status_code=200), {"ok": True}])
+def test_a_reset_that_does_not_is_none(answer):
+    client = Client(StubLLM())
+    client.reset_prefix_cache = lambda: answer
+    CallsTarget(client, timeout=5.0).reset_caches()
 
 
 # ------------------------------------------------------------------------------------------------- LLMTarget

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lorasync.push.target import WeightSyncCalls
 
 
+_RESETS = ("reset_prefix_cache", "reset_encoder_cache")
+
+
 class CallsTarget:
     """Any object with vLLM's four weight-sync calls, each taking plain dicts."""
 
@@ -26,7 +29,7 @@ class CallsTarget:
 
     def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """A client of the user's may lack anything: without a reset, what old weights have computed is served."""
-        resets = ("reset_prefix_cache", "reset_encoder_cache")[: 2 if multimodal else 1]
+        resets = _RESETS if multimodal else _RESETS[:1]
         needed = (*WEIGHT_SYNC_CALLS, *resets) if changes_weights else WEIGHT_SYNC_CALLS
         lacking = [name for name in needed if not callable(getattr(self._calls, name, None))]
         if lacking:
@@ -54,10 +57,17 @@ class CallsTarget:
         """These calls don't name it."""
 
     def reset_caches(self) -> None:
-        if self._call("reset_prefix_cache") is False:
-            raise SyncError("prefix cache: the engine did not reset it, expected an empty cache. Push again.")
-        if callable(getattr(self._calls, "reset_encoder_cache", None)):
-            self._call("reset_encoder_cache")
+        for name in _RESETS:
+            if callable(getattr(self._calls, name, None)):
+                self._reset(name)
+
+    def _reset(self, name: str) -> None:
+        """Any answer will do that doesn't say no: None, True, a response of HTTP that is no error."""
+        found = self._call(name)
+        if (found is not None and not found) or int(getattr(found, "status_code", 200)) >= 400:
+            raise SyncError(
+                f"{name}: the engine said {found!r}, expected that it empties the cache. Push again."
+            )
 
     def pause(self) -> None:
         """Pausing is the caller's: these calls have none."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from lorasync.source.merged import ParamMeta
 from lorasync.source.model import base_of, named, unwrap
 from lorasync.source.picked import picked
 from lorasync.source.plan import Slot, blocks, slots
+from lorasync.source.probe import Probe
 from lorasync.source.structure import Structure
 from lorasync.source.ties import conflicts, tied_to
 from lorasync.source.trained import (
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from lorasync.source.layers import Step
 
-_VERSION = attrgetter("_version")
 # Inits that change the base weights when the adapter is made (PEFT's `init_lora_weights`).
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq", "kasa")
 
@@ -207,7 +206,7 @@ class _Plan:
     scalings: dict[str, float]
     finite: FiniteCheck
     sharded: bool
-    frozen: list[Tensor]
+    frozen: Probe
     fsdp: list[Any]
     merges: dict[torch.dtype, Merges] = field(default_factory=dict)
 
@@ -349,13 +348,9 @@ class FactorSource:
         merges.check(peaks)
 
     def base_state(self) -> object:
-        """Something that equals what it was while nothing was replaced, and no frozen tensor written to, since.
-
-        What is written through ``.data`` is not seen.
-        """
+        """Something that equals what it was while nothing was replaced, and no frozen tensor written to, since: `Probe`."""
         plan = self._plan()
-        with torch._C.DisableTorchFunctionSubclass():
-            return plan.built, plan.adapter, list(map(_VERSION, plan.frozen))
+        return plan.built, plan.adapter, plan.frozen.state()
 
     def scalings(self) -> dict[str, float]:
         """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
@@ -423,7 +418,7 @@ class FactorSource:
             scaled,
             finite,
             sharded,
-            frozen=[*others.values(), *saved_buffers(self.model)],
+            frozen=Probe([*others.values(), *saved_buffers(self.model)]),
             fsdp=fsdp_modules(self.model),
         )
         return self._planned

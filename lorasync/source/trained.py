@@ -41,6 +41,11 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     layers = [(path, m) for path, m in named(base) if isinstance(m, ADAPTER_MODULES)]
     _refuse_kinds(model)
     refuse_fsdp1(model)
+    if any(param.is_inference() for param in model.parameters()):
+        raise AdapterError(
+            "model: got tensors that were made under torch.inference_mode(), expected ordinary ones: nothing tells whether "
+            "they were written to. Make the model outside of it, or under torch.no_grad()."
+        )
     if not layers:
         fix = "Wrap it with peft.get_peft_model first, or pass the PEFT model, not its base."
         raise AdapterError(f"model: got {type(base).__name__} without an adapter, expected one. {fix}")
@@ -62,6 +67,11 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
 def _names(adapter: object) -> tuple[str, ...]:
     if not isinstance(adapter, list | tuple) or not all(isinstance(name, str) for name in adapter):
         raise AdapterError(f"adapter: got {adapter!r}, expected a name, or a list of names.")
+    twice = sorted({name for name in adapter if adapter.count(name) > 1})
+    if twice:
+        raise AdapterError(
+            f"adapter: got {', '.join(twice)} twice, expected each once: it would be merged twice."
+        )
     return tuple(adapter)
 
 

@@ -1,0 +1,67 @@
+"""Whether frozen tensors are still what they were, asked at each push of factors: so it has to be cheap."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasync.fingerprint import positions
+from lorasync.lent import addresses
+from lorasync.zero import can_be_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_VERSION = attrgetter("_version")
+_ELEMENTS = 4
+
+
+class Probe:
+    """A few elements of each tensor, where it lies, and how often torch has seen it written to.
+
+    What is written through ``.data`` (PEFT's `merge_adapter` does) bumps no version: it shows in the elements, if it changes
+    most of a tensor. Of shards only versions are asked.
+
+    Args:
+        tensors: What must not change.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> probe = Probe([weight])
+        >>> before = probe.state()
+        >>> weight.data += 1
+        >>> probe.state() == before
+        False
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        with torch._C.DisableTorchFunctionSubclass():
+            self._whole = [
+                t for t in self._tensors if not can_be_sharded(t) and t.numel() and t.is_contiguous()
+            ]
+            self._lie = addresses(self._whole)
+            self._views = self._elements()
+
+    def state(self) -> object:
+        """Something that equals what it was if nothing has changed that shows."""
+        with torch._C.DisableTorchFunctionSubclass():
+            lie = addresses(self._whole)
+            if lie != self._lie:  # other memory
+                self._lie, self._views = lie, self._elements()
+            seen = [torch.cat(views).tolist() for views in self._views]
+            return list(map(_VERSION, self._tensors)), lie, seen
+
+    def _elements(self) -> list[list[Tensor]]:
+        """Views of single elements, those of one dtype and device together: read in a few launches and one wait."""
+        found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for index, tensor in enumerate(self._whole):
+            flat = tensor.detach().view(-1)
+            for at in positions(str(index), len(flat), count=_ELEMENTS):
+                found[tensor.device, tensor.dtype].append(flat[at : at + 1])
+        return list(found.values())
