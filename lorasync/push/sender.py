@@ -165,7 +165,8 @@ class Sender:
         """What engines can read where it lies, and a stream of everything else."""
         began, lent, stream = time.perf_counter(), NOTHING, iter(source)
         if isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source)):
-            lent, stream = source.lend()
+            # Factors were looked at by `check_fits`, just before.
+            lent, stream = source.lend(checked=True) if isinstance(source, FactorSource) else source.lend()
         if lent is NOTHING or lent is not self._lent:  # the same again has the same scalings
             self.handshake.check_scalings(source)
         self._lent = lent

@@ -259,6 +259,7 @@ class FactorSource:
         self.adapter = adapter
         self.check_finite = check_finite
         self._planned: _Plan | None = None
+        self._looked_at: _Plan | None = None
         self._lent = LastLent()
         self._pinned = active_in(self.model) if adapter is None else None
         self.spec()
@@ -281,13 +282,17 @@ class FactorSource:
                 for name in names:
                     yield name, _copy(gathered(plan.tensors[name]))
 
-    def lend(self) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
+    def lend(self, *, checked: bool = False) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
         """What iteration yields, for a receiver that reads at once: parameters themselves, and what can't be lent.
+
+        Args:
+            checked: `check_fits` has looked at the values a moment ago: they are not looked at twice.
 
         Raises:
             NonFiniteError: As iteration does.
         """
-        plan = self._checked()
+        plan = self._planned if checked and self._looked_at is self._planned else None
+        plan, self._looked_at = plan or self._checked(), None
         if plan.sharded and any(map(is_sharded, plan.tensors.values())):
             return NOTHING, self._copies(plan)
         lent = self._lent.get(
@@ -333,13 +338,15 @@ class FactorSource:
 
         Nothing is checked with ``check_finite=False``.
         """
+        plan = self._plan()
+        refuse_trained(plan.beside, plan.adapter)
         if not self.check_finite:
             return
-        plan = self._plan()
         peaks = plan.finite.peaks()
         limit = torch.finfo(dtype).max
         scales = plan.in_slots if slots else {}
         refuse_range([(n, dtype) for n, peak in peaks.items() if scales.get(n, 1.0) * peak > limit])
+        self._looked_at = plan
         if slots:
             return
         merges = plan.merges.get(dtype)
