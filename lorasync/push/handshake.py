@@ -43,8 +43,8 @@ class Handshake:
             MismatchError: naming what is different, of the factors or of the base.
         """
         state = _state(source)
-        if not largest_of_all_ranks(int(state != self._state)):
-            return
+        if not largest_of_all_ranks(int(state is not None and state != self._state)):
+            return  # or a source of the user's own, of which nothing but its names is known
         self.check_scalings(source)
         before, now = json.loads(self._message), json.loads(apply_message(self._apply, source))
         wrong = list(_of_the_spec(before, now)) + list(self._of_the_base(before, now))
