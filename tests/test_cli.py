@@ -418,7 +418,8 @@ def test_a_vocabulary_that_was_extended_before_training_names_the_way_out(lorasy
 def _merging(base: str, adapter: str, out: Path) -> subprocess.Popen[str]:
     """A merge that has begun to write, and is slow."""
     script = (
-        "import sys, time; from lorasync import cli; from lorasync.export import writer\n"
+        "import signal, sys, time; from lorasync import cli; from lorasync.export import writer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "real = writer._write\n"
         "def slow(sink, tensor):\n    real(sink, tensor); time.sleep(0.5)\n"
         "writer._write = slow; sys.argv = ['lorasync', *sys.argv[1:]]; cli.main()\n"
