@@ -289,3 +289,17 @@ def test_a_model_of_inference_tensors_is_refused(source: Any) -> None:
         model = with_adapter(tiny_llama())
     with pytest.raises(AdapterError, match=r"inference_mode\(\)"):
         source(model)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_tokens_that_are_edited_in_place_are_the_ones_that_are_streamed(source: Any) -> None:
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    model, other = with_adapter(tiny_llama(), **settings), with_adapter(tiny_llama(), **settings)
+    made = source(model)
+    dict(made)
+    for each in (model, other):
+        layer = each.base_model.model.model.embed_tokens.token_adapter
+        layer.token_indices["default"][:] = [2, 7]
+    assert same(dict(made), dict(source(other)))
+    if source is ls.FactorSource:
+        assert [rows.rows for rows in made.spec().rows] == [(2, 7)]

@@ -47,6 +47,7 @@ class Structure:
         self._changes = _Changes(model)
         layers: list[Any] = [m for m in model.modules() if isinstance(m, ADAPTER_MODULES)]
         self._layers = [layer.__dict__ for layer in layers]
+        self._tokens = [layer.token_indices for layer in layers if hasattr(layer, "token_indices")]
         places: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
             for layer in layers
@@ -79,6 +80,7 @@ class Structure:
             found += map(full_shape if self._sharded else _SHAPE, params)
         for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling"):
             found += map(dict.get, self._layers, repeat(name))
+        found += [tuple(rows) for tokens in self._tokens for rows in tokens.values()]
         return found
 
 
