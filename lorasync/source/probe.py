@@ -42,9 +42,7 @@ class Probe:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         with torch._C.DisableTorchFunctionSubclass():
-            self._whole = [
-                t for t in self._tensors if not can_be_sharded(t) and t.numel() and t.is_contiguous()
-            ]
+            self._whole = [t for t in self._tensors if _is_readable(t)]
             self._lie = addresses(self._whole)
             self._views = self._elements()
 
@@ -65,3 +63,9 @@ class Probe:
             for at in positions(str(index), len(flat), count=_ELEMENTS):
                 found[tensor.device, tensor.dtype].append(flat[at : at + 1])
         return list(found.values())
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its memory can be looked at as it is: no shard, and no class of another library's that answers for it."""
+    plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return plain and not can_be_sharded(tensor) and tensor.numel() > 0 and tensor.is_contiguous()
