@@ -203,6 +203,25 @@ def refusals(model: Any, source: MergedSource) -> dict[str, str]:
     return said
 
 
+def lends_alone(model: Any) -> bool:
+    """Only the rank that pushes lends, and all go on to what trainer ranks agree on: so lending asks nobody."""
+    same = []
+    for source in (MergedSource(model), FactorSource(model)):
+        expected = {name: tensor.clone() for name, tensor in source}
+        checked = {}
+        if isinstance(source, FactorSource):
+            source.check_fits(torch.bfloat16, slots=True)
+            checked = {"checked": True}
+        stream = iter(source)
+        if dist.get_rank() == 0:
+            lent, stream = source.lend(**checked)
+            expected = {name: tensor for name, tensor in expected.items() if name not in lent.items}
+        dist.all_reduce(torch.ones(1))
+        found = dict(stream)
+        same.append(found.keys() == expected.keys() and all(same_bits(found[n], expected[n]) for n in found))
+    return all(same)
+
+
 def look_at_fsdp() -> dict[str, Any]:
     """What FSDP2 keeps gathered after a forward pass is outdated once an optimizer has stepped; FSDP1 has flat shards."""
     model = with_fsdp2(llama(modules_to_save=["lm_head"]))
@@ -261,7 +280,8 @@ def main(job: str, out: Path) -> None:
         model = with_fsdp2(make()) if job == "fsdp2" else with_zero(make(), int(job[-1]))
         model.train()
         step(model, dist.get_rank())
-        results[kind] = check(model, make)
+        alone = lends_alone(model)
+        results[kind] = check(model, make) | {"lends alone": alone}  # a check ends with a NaN in the model
     (out / f"{job}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

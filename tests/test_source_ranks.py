@@ -105,3 +105,11 @@ def test_what_fsdp2_has_gathered_is_not_taken_for_weights_and_shards_of_fsdp1_ar
         assert result["same"] == {"merged": True, "factors": True}
         assert len(result["refusals"]) == 2
         assert all("summon_full_params" in refusal for refusal in result["refusals"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_lends_asks_no_other_rank_for_it(ranks: tuple[str, list[Any]], kind: str) -> None:
+    """The others iterate: a collective of one rank alone would wait, or be taken for another."""
+    job, found = ranks
+    _skip_absent(job, kind)
+    assert all(rank[kind]["lends alone"] for rank in found)

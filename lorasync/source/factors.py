@@ -291,10 +291,12 @@ class FactorSource:
         Raises:
             NonFiniteError: As iteration does.
         """
-        plan = self._planned if checked and self._looked_at is self._planned else None
-        plan, self._looked_at = plan or self._checked(), None
+        plan = self._plan()
         if plan.sharded and any(map(is_sharded, plan.tensors.values())):
-            return NOTHING, self._copies(plan)
+            return NOTHING, iter(self)  # checks and gathers where the other ranks do
+        if not checked or self._looked_at is not plan:
+            plan = self._checked()
+        self._looked_at = None
         lent = self._lent.get(
             plan, list(plan.tensors.values()), lambda: Lent({n: Held(t) for n, t in plan.tensors.items()})
         )
@@ -403,9 +405,12 @@ class FactorSource:
     def _plan(self) -> _Plan:
         """What there is to send, looked for again if the model is not built as it was."""
         before = self._planned
-        drop_gathered(fsdp_modules(self.model) if before is None else before.fsdp)
-        if before is not None and before.built.holds():
-            return before
+        if before is not None:
+            drop_gathered(before.fsdp)
+            if before.built.holds():
+                return before
+        fsdp = fsdp_modules(self.model)
+        drop_gathered(fsdp)
         adapter = self._adapter()
         tensors = picked(self.model, adapter, bias=str(getattr(configs(self.model)[adapter], "bias", "none")))
         others = beside(self.model, [*tensors.values(), *self._excluded(adapter)])
@@ -426,7 +431,7 @@ class FactorSource:
             finite,
             sharded,
             frozen=Probe([*others.values(), *saved_buffers(self.model)]),
-            fsdp=fsdp_modules(self.model),
+            fsdp=fsdp,
         )
         return self._planned
 

@@ -160,9 +160,10 @@ class MergedSource:
         Raises:
             NonFiniteError: As iteration does.
         """
-        plan = self._ready()
+        plan = self._plan()
         if plan.sharded and any(map(is_sharded, plan.inputs)):
-            return NOTHING, self._copies(plan)
+            return NOTHING, iter(self)  # checks and gathers where the other ranks do
+        plan = self._ready()
         lent = self._lent.get(plan, plan.inputs, lambda: Lent(dict(self._lendable(plan))))
         return lent, self._not_lent(plan, lent)
 
@@ -224,10 +225,12 @@ class MergedSource:
     def _plan(self) -> _Plan:
         """The plan of a pass, made anew if the model is not built as it was."""
         settings, before = (self.adapter, self.dtype, self.untie, self.exclude), self._planned
-        fsdp = fsdp_modules(self.model) if before is None else before.fsdp
+        if before is not None:
+            drop_gathered(before.fsdp)
+            if before.settings == settings and before.built.holds():
+                return before
+        fsdp = fsdp_modules(self.model)
         drop_gathered(fsdp)
-        if before is not None and before.settings == settings and before.built.holds():
-            return before
         built = Structure(self.model)
         if self.adapter is None:
             check_still_active(self.model, self._pinned)
@@ -246,7 +249,7 @@ class MergedSource:
             inputs=list(params.values()),
             tied=sharing(everything),
             sharded=any(map(can_be_sharded, params.values())),
-            fsdp=fsdp_modules(self.model),
+            fsdp=fsdp,
         )
         return self._planned
 
