@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasync.memory import count_weights, human, quantizable, skeleton
+from lorasync.memory import count_weights, human, quantizable, skeleton, unquantized
 from lorasync.presets import REDUCE_BUCKET, TrainPreset
 
 
@@ -115,7 +115,7 @@ def _config(model: Any) -> Any:
     from transformers import AutoConfig, PretrainedConfig
 
     config = model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model)
-    return type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    return unquantized(config)
 
 
 def _largest_packed(model: nn.Module) -> int:

@@ -50,15 +50,19 @@ def skeleton(config: Any, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         config: a `transformers.PretrainedConfig`.
         dtype: dtype of the floating-point parameters.
     """
+    from transformers import AutoModelForCausalLM
+
     kind = class_named_by(config)
+    make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
     with torch.device("meta"):
-        model = (
-            _auto().from_config(config, dtype=dtype)
-            if kind is None
-            else kind._from_config(config, dtype=dtype)
-        )
+        model = make(config, dtype=dtype)
     model.tie_weights()
     return model  # type: ignore[no-any-return]
+
+
+def unquantized(config: Any) -> Any:
+    """Return a copy of a config that says nothing of quantization: of the model that was quantized."""
+    return type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
 
 
 def class_named_by(config: Any) -> Any:
@@ -75,12 +79,6 @@ def class_named_by(config: Any) -> Any:
     kind = getattr(transformers, name, None) if name else None
     by_file = getattr(config, "auto_map", None)  # code beside the weights
     return None if by_file else kind
-
-
-def _auto() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM
 
 
 def quantizable(model: nn.Module, *, skip: list[str] | None = None) -> Iterator[tuple[str, nn.Module]]:

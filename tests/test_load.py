@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from lorasync.errors import LoadError, ZeroIncompatibilityError
 from lorasync.load import checks, close_avx512_trap, load_quantized, loader
+from lorasync.memory import count_weights, skeleton
 from lorasync.presets import FP4, INT8, NF4, QLORA_ZERO2, QuantPreset
 from lorasync.zero import inspect_zero
 
@@ -113,7 +114,7 @@ def test_fused_experts_stay_16_bit_and_the_report_says_so(tmp_path: Path):
 def test_the_estimate_agrees_with_what_was_loaded(tmp_path: Path, preset: QuantPreset):
     config = LlamaConfig(**{**TINY, "vocab_size": 500, "hidden_size": 256, "intermediate_size": 512})
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    weights = loader._weigh(config, torch.bfloat16, {})
+    weights = count_weights(skeleton(config), quantize=True)
     report = load(tmp_path, preset).lorasync_report
     assert weights.bytes(preset, torch.bfloat16) == pytest.approx(report.bytes_after, rel=0.02)
 

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from lorasync.errors import LoadError
 from lorasync.kernels import dequantize_4bit
-from lorasync.memory import Weights, available_bytes, class_named_by, human, skeleton
+from lorasync.memory import Weights, available_bytes, class_named_by, human
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _OLDEST_BITSANDBYTES = "0.46.1"
+_SHOWN = 5
 
 
 def check_bitsandbytes() -> None:
@@ -77,8 +78,12 @@ def check_arguments(dtype: object, from_pretrained: Mapping[str, Any]) -> None:
             raise LoadError(f"load_quantized(): got {name}, expected none. {fix}")
 
 
-def check_skips(config: PretrainedConfig, skip: object) -> None:
+def check_skips(model: nn.Module, skip: object) -> None:
     """Refuse names of modules that the model doesn't have: they would be quantized.
+
+    Args:
+        model: the model that will be loaded; its skeleton will do.
+        skip: what was given as ``skip_modules``.
 
     Raises:
         LoadError: naming them, and what there is.
@@ -87,8 +92,7 @@ def check_skips(config: PretrainedConfig, skip: object) -> None:
         return
     if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
         raise LoadError(f"skip_modules: got {skip!r}, expected a list of names, for example ['lm_head'].")
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    paths = [name for name, _ in skeleton(plain).named_modules()]
+    paths = [name for name, _ in model.named_modules()]
     unknown = [
         name for name in skip if not any(re.search(rf"(^|\.){re.escape(name)}($|\.)", path) for path in paths)
     ]
@@ -120,9 +124,6 @@ def check_loaded(path: object, found: Mapping[str, Any]) -> None:
         f"{path}: got {' and '.join(said)}, expected every weight of the model: the rest is random.{hint} Is the checkpoint "
         "complete, and its config.json its own?"
     )
-
-
-_SHOWN = 5
 
 
 def read_config(path: str | os.PathLike[str], from_pretrained: Mapping[str, Any]) -> PretrainedConfig:

@@ -28,15 +28,15 @@ from lorasync.load.checks import (
     refuse_device_map,
 )
 from lorasync.load.report import make_report
-from lorasync.memory import Weights, count_weights, skeleton
+from lorasync.memory import count_weights, skeleton, unquantized
 from lorasync.presets import NF4, QuantPreset
 from lorasync.zero import ZeroPlan, check_zero
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def load_quantized(
@@ -97,8 +97,9 @@ def load_quantized(
     if ds_config is not None:
         check_zero(ZeroPlan(config, preset, dtype=dtype, storage_dtype=storage), ds_config)
     place = _device(device)
-    weights = _weigh(config, dtype, from_pretrained)
-    check_skips(config, from_pretrained.get("skip_modules"))
+    shapes, skip = skeleton(unquantized(config), dtype=dtype), from_pretrained.get("skip_modules")
+    check_skips(shapes, skip)
+    weights = count_weights(shapes, quantize=True, skip=skip)
     if check_memory:
         check_fits(path, weights, preset, dtype, place)
     if existing is None:
@@ -151,13 +152,6 @@ def _device(asked: str | torch.device | None) -> torch.device:
 def _skip_modules(from_pretrained: dict[str, Any]) -> dict[str, Any]:
     skip = from_pretrained.pop("skip_modules", None)
     return {} if skip is None else {"llm_int8_skip_modules": list(skip)}
-
-
-def _weigh(config: PretrainedConfig, dtype: torch.dtype, from_pretrained: Mapping[str, Any]) -> Weights:
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    return count_weights(
-        skeleton(plain, dtype=dtype), quantize=True, skip=from_pretrained.get("skip_modules")
-    )
 
 
 def _from_pretrained(

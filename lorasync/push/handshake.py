@@ -42,6 +42,8 @@ class Handshake:
         Raises:
             MismatchError: naming what is different, of the factors or of the base.
         """
+        if self._apply is None:
+            return  # a merged push sends every weight as it is
         state = _state(source)
         if not largest_of_all_ranks(int(state is not None and state != self._state)):
             return  # or a source of the user's own, of which nothing but its names is known
@@ -58,7 +60,16 @@ class Handshake:
         Raises:
             MismatchError: naming every module whose scaling is another.
         """
-        check_scalings(self._scalings, scalings(source))
+        now = scalings(source)
+        if now == self._scalings:
+            return
+        wrong = [
+            Mismatch(f"{n} (scaling)", str(now[n]), f"{self._scalings.get(n)}, as in the handshake", _FIX)
+            for n in sorted(now)
+            if self._scalings.get(n) != now[n]
+        ]
+        if wrong:
+            raise MismatchError("The adapter's scaling has changed since connect(); nothing was sent.", wrong)
 
     def _of_the_base(self, before: dict[str, Any], now: dict[str, Any]) -> Iterator[Mismatch]:
         if isinstance(self._apply, ServeAdapter) and self._apply.other_base:
@@ -112,25 +123,3 @@ def scalings(source: Any) -> dict[str, float]:
     if not isinstance(source, FactorSource):
         return {}
     return source.scalings()
-
-
-def check_scalings(handshake: dict[str, float], now: dict[str, float]) -> None:
-    """Refuse a push of factors that the workers would scale as the handshake said, not as the trainer does now.
-
-    Raises:
-        MismatchError: naming every module whose scaling is another.
-    """
-    if handshake == now:
-        return
-    wrong = [
-        Mismatch(
-            f"{name} (scaling)",
-            str(now[name]),
-            f"{handshake.get(name)}, as in the handshake",
-            "connect() again.",
-        )
-        for name in sorted(now)
-        if handshake.get(name) != now[name]
-    ]
-    if wrong:
-        raise MismatchError("The adapter's scaling has changed since connect(); nothing was sent.", wrong)

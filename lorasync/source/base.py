@@ -12,6 +12,7 @@ from lorasync.errors import AdapterError, UngatheredError
 from lorasync.kernels import PackedBase, PlainBase, dequantize_4bit
 from lorasync.quantization import LIVE, companions, of_tensor, quant_state
 from lorasync.quantization.block_scales import dequantize_fp8
+from lorasync.source.model import saved_buffers
 from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
 
@@ -35,9 +36,7 @@ def tensors_of(module: nn.Module) -> Iterator[str]:
     yield from (
         name for name, param in module._parameters.items() if param is not None and name not in left_out
     )
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name
+    yield from (name for name, _ in saved_buffers(module))
 
 
 def packing(module: nn.Module, attr: str) -> str:

@@ -19,7 +19,7 @@ from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.fits import Merges, refuse_range
 from lorasync.source.fsdp import drop_gathered, fsdp_modules
 from lorasync.source.merged import ParamMeta
-from lorasync.source.model import base_of, named, unwrap
+from lorasync.source.model import base_of, named, saved_buffers, unwrap
 from lorasync.source.picked import picked
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.probe import Probe
@@ -33,7 +33,6 @@ from lorasync.source.trained import (
     only_active,
     pick_adapters,
     refuse_trained,
-    saved_buffers,
 )
 from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, full_shape, is_sharded
@@ -422,6 +421,7 @@ class FactorSource:
         }
         finite = FiniteCheck([Input(name, tensor) for name, tensor in tensors.items()])
         sharded = any(map(can_be_sharded, tensors.values()))
+        buffers = [b for _, module in named(base_of(self.model)) for _, b in saved_buffers(module)]
         self._planned = _Plan(
             adapter,
             Structure(self.model),
@@ -430,7 +430,7 @@ class FactorSource:
             scaled,
             finite,
             sharded,
-            frozen=Probe([*others.values(), *saved_buffers(self.model)]),
+            frozen=Probe([*others.values(), *buffers]),
             fsdp=fsdp,
         )
         return self._planned

@@ -256,8 +256,9 @@ class MergedSource:
     def _served(self, everything: list[Slot]) -> tuple[dict[str, Slot], list[Group]]:
         """What is streamed: what the checkpoint stores, less what is excluded."""
         stored = self._stored(everything)
-        groups = without(self._groups(stored), self.exclude)
-        refuse_trained_out(self._groups(stored), groups, stored)
+        everything_stored = self._groups(stored)
+        groups = without(everything_stored, self.exclude)
+        refuse_trained_out(everything_stored, groups, stored)
         members = {name for group in groups for name in group.members}
         return {name: slot for name, slot in stored.items() if name in members}, groups
 

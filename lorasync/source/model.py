@@ -15,6 +15,8 @@ from lorasync.source.structure import ADAPTER_MODULES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
 PEFT_MODELS = (PeftModel, PeftMixedModel, BaseTuner)
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -99,6 +101,13 @@ def transparent(module: nn.Module) -> nn.Module | None:
         if inner is not None:
             return inner
     return None
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name the module's own buffers that its checkpoint has."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def submodules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 
-from lorasync.source.model import base_of, named
+from lorasync.source.model import base_of, named, saved_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,9 +61,7 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, each in named(module):
         start = f"{path}." if path else ""
         yield from ((start + name, p) for name, p in each._parameters.items() if p is not None)
-        for name, buffer in each._buffers.items():
-            if buffer is not None and name not in each._non_persistent_buffers_set:
-                yield start + name, buffer
+        yield from ((start + name, buffer) for name, buffer in saved_buffers(each))
 
 
 def _biases(base: nn.Module, adapter: str, *, everywhere: bool) -> Iterator[tuple[str, Tensor]]:

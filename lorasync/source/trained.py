@@ -14,7 +14,7 @@ from lorasync.source.model import base_of, named, peft_of
 from lorasync.source.structure import ADAPTER_MODULES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -150,14 +150,6 @@ def beside(model: nn.Module, travelling: Iterable[Tensor]) -> dict[str, Tensor]:
             if param is not None and id(param) not in sent:
                 found.setdefault(id(param), (f"{path}.{name}" if path else name, param))
     return dict(found.values())
-
-
-def saved_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """The buffers of the base that its checkpoint has."""
-    for _, module in named(base_of(model)):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield buffer
 
 
 def refuse_trained(others: dict[str, Tensor], adapter: str) -> None:

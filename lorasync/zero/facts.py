@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasync.memory import skeleton
+from lorasync.memory import skeleton, unquantized
 from lorasync.quantization import LOADED, Quantization, of_config, of_model
 from lorasync.zero.gather import full_shape
 
@@ -139,7 +139,7 @@ def _plan_facts(plan: ZeroPlan) -> ModelFacts:
     existing = _existing(plan.config)
     bits = plan.quantization.bits if plan.quantization is not None else existing.get("bits")
     storage = existing.get("storage", plan.storage_dtype)
-    plain = _without_quantization(plan.config)
+    plain = unquantized(plan.config)
     shapes = skeleton(plain, dtype=plan.dtype)
     return ModelFacts(
         subject="plan",
@@ -276,7 +276,3 @@ def _existing(config: Any) -> dict[str, Any]:
         for key, default in (("quant_storage", "uint8"), ("compute_dtype", "float32"))
     }
     return {"bits": 4, "storage": dtype["quant_storage"], "compute": dtype["compute_dtype"]}
-
-
-def _without_quantization(config: Any) -> Any:
-    return type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})

@@ -33,31 +33,6 @@ class Outcome:
     why: str = ""
 
 
-class LocalCalls:
-    """VLLM's four calls, straight to a worker engine in this process, in the order in which a vLLM worker makes them."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
-
-    def start_weight_update(self) -> None:
-        self.engine.start_weight_update()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.engine.receive_weights(self.engine.parse_update_info(update_info))
-
-    def finish_weight_update(self) -> None:
-        self.engine.finish_weight_update()
-
-    def reset_prefix_cache(self) -> bool:
-        return True
-
-    def reset_encoder_cache(self) -> None:
-        """Nothing is cached."""
-
-
 def survey(architecture: str, *, ways: tuple[str, ...] = WAYS, dtype: str = "bfloat16") -> dict[str, Outcome]:
     """Try one architecture, each way: merged pushes with adapters on experts too, factors on linear layers."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -133,12 +108,10 @@ def _everything(path: str, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def _pushed(policies: _Policies, expected: list[dict[str, torch.Tensor]], way: str, dtype: str) -> Outcome:
-    from lorasync.receive import WorkerEngine
-
     with served.loaded(policies.base, dtype=dtype) as (model, config):
-        engine = WorkerEngine(None, config, torch.device("cpu"), model)
+        worker = served.Worker(model, config)
         try:
-            with _connected(policies.policy, engine, way) as sync:
+            with _connected(policies.policy, worker, way) as sync:
                 for number in range(2):
                     policies.take(number)
                     sync.send_weights()
@@ -154,10 +127,10 @@ def _pushed(policies: _Policies, expected: list[dict[str, torch.Tensor]], way: s
     return Outcome("right")
 
 
-def _connected(policy: Any, engine: Any, way: str) -> Any:
+def _connected(policy: Any, worker: Any, way: str) -> Any:
     if way == "merged":
-        return connect(ls.MergedSource(policy), LocalCalls(engine))
-    return connect(ls.FactorSource(policy), LocalCalls(engine), MergeInWorker(base="checkpoint"))
+        return connect(ls.MergedSource(policy), worker)
+    return connect(ls.FactorSource(policy), worker, MergeInWorker(base="checkpoint"))
 
 
 def _first_line(error: BaseException) -> str:
