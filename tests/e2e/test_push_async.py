@@ -158,7 +158,7 @@ async def _turns(base: str, on_gone: str) -> None:
     from vllm import SamplingParams
 
     engine, names = async_llm(base, **ADAPTER_SLOTS, max_cpu_loras=3), iter(range(10**6))
-    policy, pushes, gone = tiny(base), asyncio.Event(), 0
+    policy, pushes, pushed, gone = tiny(base), asyncio.Event(), 0, 0
 
     async def turn(tokens: int = 8, **request) -> tuple[int, ...]:
         wanted = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
@@ -166,14 +166,18 @@ async def _turns(base: str, on_gone: str) -> None:
             last = output
         return tuple(last.outputs[0].token_ids)
 
-    async def rollout() -> None:
+    async def rollout(waits_for: int) -> None:
+        """Turns with one request; between two of them a number of pushes, however fast these are."""
         nonlocal gone
         while not pushes.is_set():
             kept = sync.request()
             try:
                 for _ in range(6):
                     await turn(tokens=2, **kept)
+                    before = pushed
                     await asyncio.sleep(0.02)
+                    while pushed < before + waits_for and not pushes.is_set():
+                        await asyncio.sleep(0.02)
             except VersionGoneError:
                 gone += 1
 
@@ -194,10 +198,11 @@ async def _turns(base: str, on_gone: str) -> None:
         else:
             assert await turn(**first) == newest
         assert await turn(**sync.request()) == newest
-        users = [asyncio.create_task(rollout()) for _ in range(4)]
+        users = [asyncio.create_task(rollout(waits_for)) for waits_for in (0, 0, 4, 4)]
         for seed in range(12):
             models.move(policy, seed=seed)
             await sync.send_weights_async()
+            pushed += 1
             await asyncio.sleep(0.02)
         pushes.set()
         await asyncio.wait_for(asyncio.gather(*users), 60)
