@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import EngineNotReadyError, SyncTimeoutError, UngatheredError
-from lorasync.event_loop import run_on
+from lorasync.targets.event_loop import run_on
 from lorasync.wire import as_bytes, digest_of_text
 from lorasync.zero import is_sharded
 

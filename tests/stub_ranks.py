@@ -16,7 +16,7 @@ import torch.distributed as dist
 import lorasync as ls
 from lorasync.errors import EngineNotReadyError, LorasyncError, MismatchError, NonFiniteError, SyncError
 from lorasync.push import ServeAdapter, connect
-from lorasync.push.ranks import agreed_by_all_ranks, texts_of_all_ranks
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, texts_of_all_ranks
 from tests import models
 from tests.stub_engine import Client, StubLLM, raising
 

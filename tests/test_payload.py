@@ -9,7 +9,7 @@ import torch
 
 from lorasync.errors import MismatchError
 from lorasync.push.payload import Payload, buckets
-from lorasync.same_gpu import Lender
+from lorasync.transport.cuda_ipc import Lender
 from lorasync.wire import Mailbox, digest, read_safetensors, unpack
 
 BUCKET = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.uint8)}

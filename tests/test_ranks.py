@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, texts_of_all_ranks
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks, texts_of_all_ranks
 from tests.e2e.ranks import run_two
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasync.errors import EngineNotReadyError, MismatchError, SyncError
-from lorasync.push.replicas import Replicas, named_targets
+from lorasync.push.engines import Replicas, named_targets
 from lorasync.wire import manifest_as_text
 from tests.stub_engine import StubLLM, raising
 

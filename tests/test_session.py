@@ -13,8 +13,8 @@ from lorasync.errors import PayloadError, StaleVersionError, SyncError, SyncTime
 from lorasync.push.answers import check_digests, check_version, failure, raise_failed, slowest
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
-from lorasync.push.targets import target_of
-from lorasync.same_gpu import Lender
+from lorasync.targets.kinds import target_of
+from lorasync.transport.cuda_ipc import Lender
 from lorasync.wire import manifest_as_text
 from tests.stub_engine import StubLLM, raising
 

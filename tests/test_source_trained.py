@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import lorasync as ls
 from lorasync.errors import AdapterError, MismatchError, UnmergeableError
-from lorasync.push.apply import MergeInWorker, ServeAdapter, apply_message
+from lorasync.push.strategies import MergeInWorker, ServeAdapter, apply_message
 from lorasync.source import FactorSpec
 from tests.models import move, tiny_llama, with_adapter
 

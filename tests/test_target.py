@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from lorasync.errors import EngineDeadError, EngineNotReadyError, SyncError, SyncTimeoutError
-from lorasync.event_loop import check_elsewhere, run_on
-from lorasync.push.calls_target import CallsTarget
-from lorasync.push.limit import Patience, call_with_limit, death_of
-from lorasync.push.llm_target import LLMTarget
-from lorasync.push.targets import target_of
+from lorasync.targets.event_loop import check_elsewhere, run_on
+from lorasync.targets.kinds import target_of
+from lorasync.targets.llm import LLMTarget
+from lorasync.targets.patience import Patience, call_with_limit, death_of
+from lorasync.targets.rpc import CallsTarget
 from tests.stub_engine import Client, StubLLM
 
 

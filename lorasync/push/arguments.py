@@ -8,11 +8,11 @@ import numbers
 from typing import TYPE_CHECKING, Any, get_args
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.push.apply import MergeInWorker, ServeAdapter
 from lorasync.push.issued import OnGone
-from lorasync.push.target import WEIGHT_SYNC_CALLS, Pause
-from lorasync.push.targets import is_engine_here
+from lorasync.push.strategies import MergeInWorker, ServeAdapter
 from lorasync.source import MergedSource
+from lorasync.targets.base import WEIGHT_SYNC_CALLS, Pause
+from lorasync.targets.kinds import is_engine_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

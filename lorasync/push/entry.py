@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from lorasync.push.sync import Sync
 
 if TYPE_CHECKING:
-    from lorasync.push.apply import Apply
     from lorasync.push.issued import OnGone
     from lorasync.push.sender import Source
-    from lorasync.push.target import Pause
+    from lorasync.push.strategies import Apply
+    from lorasync.targets.base import Pause
     from lorasync.verify import Canary
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from lorasync.push.apply import ServeAdapter
-from lorasync.push.ranks import texts_of_all_ranks
+from lorasync.push.strategies import ServeAdapter
+from lorasync.push.trainer_ranks import texts_of_all_ranks
 from lorasync.wire import dtype_of
 
 if TYPE_CHECKING:
-    from lorasync.push.apply import Apply
-    from lorasync.push.replicas import Replicas
+    from lorasync.push.engines import Replicas
+    from lorasync.push.strategies import Apply
 
 
 def dtypes_of_all_ranks(engines: Replicas | None) -> list[dict[str, str]]:

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.push.apply import ServeAdapter, apply_message
-from lorasync.push.ranks import largest_of_all_ranks
+from lorasync.push.strategies import ServeAdapter, apply_message
+from lorasync.push.trainer_ranks import largest_of_all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.push.apply import Apply
+    from lorasync.push.strategies import Apply
 
 _PARTS = ("modules", "biases", "rows", "saved")
 _SHOWN = 8

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.lent import Bucket, Lent, items_of, made
-from lorasync.same_gpu import gpu_of
+from lorasync.transport.cuda_ipc import gpu_of
 from lorasync.wire import INLINE_LIMIT, digest, nbytes, pack, write_safetensors
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.same_gpu import Lender, Letter
+    from lorasync.transport.cuda_ipc import Lender, Letter
     from lorasync.wire import Mailbox
 
 

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from lorasync.lent import NOTHING
-from lorasync.push.apply import (
+from lorasync.push.pause import stoppable
+from lorasync.push.payload import buckets
+from lorasync.push.report import SyncReport, Totals, timed
+from lorasync.push.strategies import (
     Apply,
     MergeInWorker,
     ServeAdapter,
     packed_base,
     strategy_of,
 )
-from lorasync.push.payload import buckets
-from lorasync.push.ranks import agreed_by_all_ranks
-from lorasync.push.report import SyncReport, Totals, timed
-from lorasync.push.stop import stoppable
-from lorasync.same_gpu import gpu_of
+from lorasync.push.trainer_ranks import agreed_by_all_ranks
 from lorasync.source import FactorSource, MergedSource
+from lorasync.transport.cuda_ipc import gpu_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lorasync.lent import Bucket, Lent
+    from lorasync.push.engines import Replicas
     from lorasync.push.handshake import Handshake
-    from lorasync.push.replicas import Replicas
-    from lorasync.push.stop import Stop
+    from lorasync.push.pause import Stop
     from lorasync.push.versions import AdapterVersions
 
     Stream = Iterator[tuple[str, torch.Tensor]]

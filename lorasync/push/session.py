@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from lorasync.push.payload import Payload
-    from lorasync.push.target import Target
+    from lorasync.targets.base import Target
 
 
 class EngineSession:

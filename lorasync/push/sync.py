@@ -11,15 +11,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineClosedError, PushInProgressError, SyncError
-from lorasync.push.afterwards import warned, with_canary, with_survival
-from lorasync.push.apply import Apply, ServeAdapter, apply_message
 from lorasync.push.arguments import check_arguments, refuse_engines_of_other_ranks
+from lorasync.push.engines import Replicas, named_targets
 from lorasync.push.fits import check_fits, dtypes_of_all_ranks
 from lorasync.push.handshake import Handshake
-from lorasync.push.ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
-from lorasync.push.replicas import Replicas, named_targets
+from lorasync.push.measured import warned, with_canary, with_survival
+from lorasync.push.pause import stoppable
 from lorasync.push.sender import Sender
-from lorasync.push.stop import stoppable
+from lorasync.push.strategies import Apply, ServeAdapter, apply_message
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
 from lorasync.push.versions import AdapterVersions
 from lorasync.wire import manifest_as_text
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lorasync.push.issued import OnGone
     from lorasync.push.report import SyncReport
     from lorasync.push.sender import Source
-    from lorasync.push.target import Pause
+    from lorasync.targets.base import Pause
     from lorasync.verify import Canary
 
 _LOG = logging.getLogger(__name__)

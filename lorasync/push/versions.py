@@ -10,8 +10,8 @@ from lorasync.errors import EngineNotReadyError, SyncError
 from lorasync.push.issued import Issued
 
 if TYPE_CHECKING:
+    from lorasync.push.engines import Replicas
     from lorasync.push.issued import OnGone
-    from lorasync.push.replicas import Replicas
 
 _LOG = logging.getLogger(__name__)
 

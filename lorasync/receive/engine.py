@@ -31,7 +31,7 @@ from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
 from lorasync.receive.base import CheckpointBases, CopiedBases
 from lorasync.receive.served import changed_at_start, notes_of
-from lorasync.same_gpu import Openings, gpu_of
+from lorasync.transport.cuda_ipc import Openings, gpu_of
 from lorasync.version import __version__
 from lorasync.wire import (
     PROTOCOL,

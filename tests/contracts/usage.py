@@ -24,7 +24,7 @@ CARRIERS = frozenset(
 """An attribute or parameter of one of these names is vLLM's, wherever it stands."""
 
 ROOTS = {
-    "lorasync/push/llm_target.py": {
+    "lorasync/targets/llm.py": {
         "llm",
         "engine",
         "core",
@@ -33,7 +33,7 @@ ROOTS = {
         "self._llm",
         "self._engine",
     },
-    "lorasync/push/limit.py": {"core"},
+    "lorasync/targets/patience.py": {"core"},
     "lorasync/push/adapter_request.py": {"request"},
     "lorasync/push/plan.py": {"lora"},
     "lorasync/verify.py": {"llm", "o"},

@@ -26,7 +26,7 @@ from lorasync import fingerprint, wire
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
 from lorasync.push.answers import raise_failed
-from lorasync.push.apply import apply_message
+from lorasync.push.strategies import apply_message
 from lorasync.receive.staging import parsed
 from lorasync.source import FactorSpec
 from tests import fuzz, models

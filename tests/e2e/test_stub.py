@@ -8,11 +8,11 @@ import pytest
 
 import lorasync as ls
 from lorasync.push import MergeInWorker, ServeAdapter
-from lorasync.push.apply import apply_message
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
-from lorasync.push.targets import target_of
-from lorasync.same_gpu import Lender
+from lorasync.push.strategies import apply_message
+from lorasync.targets.kinds import target_of
+from lorasync.transport.cuda_ipc import Lender
 from lorasync.wire import digest_of_parts, manifest_as_text
 from tests.e2e.engines import running_llm
 from tests.models import tiny

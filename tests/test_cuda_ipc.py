@@ -15,9 +15,9 @@ from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase
 from lorasync.kernels.checksum import Checksum
 from lorasync.lent import Held, Item, Lent, made
-from lorasync.same_gpu import Lender, Openings
-from lorasync.same_gpu.handle import Handle, handles_as_text, handles_from_text
-from lorasync.same_gpu.items import Parts, Storages, as_text, from_text
+from lorasync.transport.cuda_ipc import Lender, Openings
+from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text, handles_from_text
+from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, from_text
 from tests import models
 
 HANDLE = Handle("00" * 64, 1024, 0, "aa", 0, "bb", event_sync=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from lorasync.push.limit import Patience
+    from lorasync.targets.patience import Patience
 
 Pause = Literal["keep", "wait", "abort"]
 

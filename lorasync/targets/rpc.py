@@ -7,11 +7,11 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, SyncError
-from lorasync.push.limit import Patience
-from lorasync.push.target import WEIGHT_SYNC_CALLS
+from lorasync.targets.base import WEIGHT_SYNC_CALLS
+from lorasync.targets.patience import Patience
 
 if TYPE_CHECKING:
-    from lorasync.push.target import WeightSyncCalls
+    from lorasync.targets.base import WeightSyncCalls
 
 
 _RESETS = ("reset_prefix_cache", "reset_encoder_cache")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.push.replicas import Replicas
+    from lorasync.push.engines import Replicas
 
 
 class Stop:

@@ -10,8 +10,8 @@ import torch
 from lorasync.kernels import PendingMerge, RepeatedMerge
 from lorasync.kernels.checksum import Checksum
 from lorasync.lent import Lent, items_of, made
-from lorasync.same_gpu.handle import Handle, handles_as_text
-from lorasync.same_gpu.items import Parts, Storages, as_text, is_lendable
+from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text
+from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, is_lendable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lorasync.errors import PayloadError
 from lorasync.kernels.checksum import Checksum
-from lorasync.same_gpu.handle import handles_from_text
-from lorasync.same_gpu.items import Parts, from_text
+from lorasync.transport.cuda_ipc.handle import handles_from_text
+from lorasync.transport.cuda_ipc.items import Parts, from_text
 
 if TYPE_CHECKING:
     import torch

@@ -6,12 +6,12 @@ import inspect
 from typing import TYPE_CHECKING
 
 from lorasync.errors import EngineNotReadyError
-from lorasync.push.calls_target import CallsTarget
-from lorasync.push.llm_target import AsyncLLMTarget, LLMTarget
-from lorasync.push.target import WEIGHT_SYNC_CALLS, WeightSyncCalls
+from lorasync.targets.base import WEIGHT_SYNC_CALLS, WeightSyncCalls
+from lorasync.targets.llm import AsyncLLMTarget, LLMTarget
+from lorasync.targets.rpc import CallsTarget
 
 if TYPE_CHECKING:
-    from lorasync.push.target import Pause, Target
+    from lorasync.targets.base import Pause, Target
 
 
 def is_engine_here(engine: object) -> bool:

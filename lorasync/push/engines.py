@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
 from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
-from lorasync.push.targets import target_of
-from lorasync.same_gpu import Lender
+from lorasync.targets.kinds import target_of
+from lorasync.transport.cuda_ipc import Lender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from typing import Literal
 
     from lorasync.lent import Bucket
-    from lorasync.push.target import Pause
+    from lorasync.targets.base import Pause
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)

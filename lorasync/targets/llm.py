@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, SyncError
-from lorasync.event_loop import check_elsewhere, run_on
 from lorasync.layout import check_layout
 from lorasync.plugin import BACKEND
-from lorasync.push.limit import Patience, dead, death_of
+from lorasync.targets.event_loop import check_elsewhere, run_on
+from lorasync.targets.patience import Patience, dead, death_of
 from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from lorasync.push.target import Pause
+    from lorasync.targets.base import Pause
 
 FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
 ARGUMENT = f'LLM(..., weight_transfer_config={{"backend": "{BACKEND}"}})'

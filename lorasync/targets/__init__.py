@@ -1,0 +1,1 @@
+"""How an engine is reached: one file a kind of engine."""
