@@ -16,14 +16,41 @@ def check_layout(parallel: Any) -> None:
     Raises:
         MismatchError: naming each setting, and what works instead.
     """
-    wrong = [*_too_many(parallel), *_experts(parallel), *_spread(parallel)]
+    wrong = [*_too_many(parallel), *_experts(parallel), *_partly_elsewhere(parallel)]
     if wrong:
         raise MismatchError("A push would reach a part of this engine only; nothing was touched.", wrong)
 
 
+def is_spread(parallel: Any) -> bool:
+    """Whether vLLM's ``external_launcher`` has made each of several trainer processes one worker of the engine."""
+    backend = getattr(parallel, "distributed_executor_backend", None)
+    return backend == "external_launcher" and _number(parallel, "world_size") > 1
+
+
+def replicas_of(parallel: Any) -> int:
+    """How many data-parallel replicas the engine has."""
+    return _number(parallel, "data_parallel_size")
+
+
+def workers_of(parallel: Any) -> int:
+    """How many workers the engine has, of all replicas."""
+    return _number(parallel, "world_size") * (1 if is_spread(parallel) else replicas_of(parallel))
+
+
+def workers_here(parallel: Any) -> int:
+    """How many workers a `vllm.LLM` drives itself; it is one replica, and under ``external_launcher`` one worker."""
+    return 1 if is_spread(parallel) else _number(parallel, "world_size")
+
+
+def rank_in_engine(parallel: Any) -> int:
+    """Which of the engine's workers this one is, of all replicas; asked in a worker."""
+    size = _number(parallel, "world_size")
+    rank = _number(parallel, "rank", 0) % size
+    return rank if is_spread(parallel) else _number(parallel, "data_parallel_index", 0) * size + rank
+
+
 def _too_many(parallel: Any) -> list[Mismatch]:
     fixes = {
-        "data_parallel_size": "Start one engine a replica, and pass all of them: connect(source, [llm, llm]).",
         "pipeline_parallel_size": "Use tensor_parallel_size instead.",
         "nnodes": "Keep an engine on one host, and pass several: connect(source, [llm, llm]).",
     }
@@ -33,30 +60,24 @@ def _too_many(parallel: Any) -> list[Mismatch]:
 
 def _experts(parallel: Any) -> list[Mismatch]:
     """Each rank holds its own experts only, and every name is checked on every rank."""
-    if getattr(parallel, "enable_expert_parallel", False) is not True or _number(parallel, "world_size") == 1:
+    alone = _number(parallel, "world_size") == 1 and replicas_of(parallel) == 1
+    if getattr(parallel, "enable_expert_parallel", False) is not True or alone:
         return []
     fix = "Start the engine without it: tensor parallelism cuts experts too."
     return [Mismatch("enable_expert_parallel", "True", "False", fix)]
 
 
-def _spread(parallel: Any) -> list[Mismatch]:
-    """VLLM's ``external_launcher`` makes each trainer process one worker: no process reaches the others."""
-    backend, workers = (
-        getattr(parallel, "distributed_executor_backend", None),
-        _number(parallel, "world_size"),
-    )
-    if backend != "external_launcher" or workers == 1:
-        return []
-    return [
-        Mismatch(
-            "distributed_executor_backend",
-            f"'external_launcher' with {workers} workers, each in a trainer rank of its own",
-            "an engine that starts its own workers, or one worker",
-            'Start it on rank 0 with distributed_executor_backend="mp", and connect(source, None) on the other ranks.',
-        )
-    ]
+def _partly_elsewhere(parallel: Any) -> list[Mismatch]:
+    """Replicas that another front end drives hear nothing of what this one is told."""
+    total = replicas_of(parallel)
+    found = []
+    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
+        if total > 1 and getattr(parallel, name, False) is True:
+            fix = "Let one front end drive all replicas (vLLM's default), or start them as engines of their own."
+            found.append(Mismatch(name, f"True, with {total} replicas", "False", fix))
+    return found
 
 
-def _number(parallel: Any, name: str) -> int:
-    value = getattr(parallel, name, 1)
-    return value if isinstance(value, int) else 1
+def _number(parallel: Any, name: str, otherwise: int = 1) -> int:
+    value = getattr(parallel, name, otherwise)
+    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise

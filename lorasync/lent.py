@@ -131,6 +131,11 @@ def items_of(bucket: Bucket) -> Mapping[str, Item]:
     return bucket.items if isinstance(bucket, Lent) else bucket
 
 
+def nbytes_of(bucket: Bucket) -> int:
+    """The bytes of all weights of a bucket."""
+    return bucket.nbytes if isinstance(bucket, Lent) else sum(tensor.nbytes for tensor in bucket.values())
+
+
 def unwrapped(item: Item) -> Tensor | PendingMerge:
     """A tensor that is held as the tensor itself."""
     return item.tensor if isinstance(item, Held) else item

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from lorasync.errors import (
     EngineDeadError,
@@ -16,30 +15,38 @@ from lorasync.errors import (
     SyncTimeoutError,
 )
 from lorasync.push.answers import (
-    NO_ANSWER,
-    Replies,
+    Answers,
     check_digests,
     check_version,
     failure,
-    raise_failed,
+    read_answers,
     slowest,
 )
-from lorasync.version import __version__
+from lorasync.push.takeover import join, replace_others
+from lorasync.transport.post import ways_taken
 from lorasync.wire import (
     ADAPTER_IDS,
-    PROTOCOL,
-    Control,
-    ControlOp,
-    Mailbox,
-    Update,
+    PROBE,
+    Abort,
+    BucketMessage,
+    Collect,
+    Commit,
+    Digest,
+    Goodbye,
+    Hello,
+    Message,
+    Rollback,
+    Status,
     digest_of_parts,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
-    from lorasync.push.payload import Payload
     from lorasync.targets.base import Target
+    from lorasync.transport.base import Parcel
+    from lorasync.transport.post import Post
+    from lorasync.wire.messages import Kind
 
 
 class EngineSession:
@@ -47,30 +54,36 @@ class EngineSession:
 
     Attributes:
         name: what errors call the engine.
-        ranks: how many workers it has; each of them answers every message.
+        target: how it is reached.
+        ranks: how many workers answer every message.
+        worker_ranks: which of the engine's workers these are.
+        workers: how many workers the whole engine has: more, if others belong to other trainer ranks.
         version: what it serves, as far as the trainer knows.
+        ways: the transports that every worker takes, the cheapest first.
         gpu: the GPU that all its workers are on; empty if there is no such one.
         capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
         others: how many adapters of the user's own its workers hold.
         holds_adapter: whether requests can name an adapter of the version.
         dtypes: what its weights, and its LoRA slots, are in.
         notes: what its workers had to say in the handshake.
+        replaced: whether another connection's versions are known to be served.
         unheard: whether it did not say what it serves after a failure.
     """
 
     def __init__(self, target: Target, *, name: str) -> None:
         self.name = name
         self.target = target
-        self.ranks = self.version = self.capacity = self.others = 0
+        self.ranks = self.workers = self.version = self.capacity = self.others = 0
+        self.worker_ranks: tuple[int, ...] = ()
+        self.ways: tuple[str, ...] = ()
         self.gpu = self._torn = self._shut = ""
-        self.holds_adapter = self.unheard = self.multimodal = False
+        self.holds_adapter = self.unheard = self.multimodal = self.replaced = False
         self.dtypes: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
-        self._token = secrets.token_hex(8)
+        self.token = secrets.token_hex(16)
         self._calls = 0
         self._sent: list[str] = []  # the digests of the buckets of the version that is on its way
-        self._mailbox = Mailbox.create()
-        self._remove = weakref.finalize(self, self._mailbox.remove)
+        self._greeted = False
 
     @property
     def closed(self) -> str:
@@ -81,95 +94,95 @@ class EngineSession:
         """It must not generate until a push completes, whatever its workers say."""
         self._shut = reason
 
-    @property
-    def folder(self) -> Mailbox | None:
-        """Where payloads for the engine are put; None if it is in this process and needs none."""
-        return None if self.target.in_process else self._mailbox
-
-    @property
-    def outdated(self) -> bool:
-        """Whether another trainer's versions are served: the workers leave word of it."""
-        return self._mailbox.outdated
-
     # ------------------------------------------------------------------------------------ what is asked
 
-    def hello(self, apply: str, manifest: str) -> None:
+    def hello(self, strategy: str, manifest: str, post: Post) -> None:
         """Shake hands: everything is checked against the served model before anything is sent."""
-        call = self._next_call()
-        try:
-            replies = self.control(
-                "hello",
-                call=call,
-                apply=apply,
-                manifest=manifest,
-                in_flight=self.in_flight(),
-                bucket=self._bytes_to_try(),
-            )
-            if not replies:
-                raise EngineNotReadyError(NO_ANSWER)
-            self.ranks = max(int(r["world_size"]) for r in replies.values())
-            replies = self._replies_to(call, replies)  # how many to wait for is known only now
-        except BaseException:
-            self._remove()
-            raise
-        self._learn_engine(replies)
-        self._learn(replies)
+        hello = Hello(
+            session=self.token,
+            call=self._next_call(),
+            strategy=strategy,
+            manifest=manifest,
+            offers=post.offers(hands_over=self.target.in_process),
+            in_flight=self.in_flight(),
+            limit=self._limit,
+        )
+        answers = self._asked(hello, PROBE)
+        self._greeted = True
+        if self.target.engine is not None:
+            join(self.target.engine, self)
+        self._learn_engine(answers)
+        self._learn(answers)
+        if not self.capacity:
+            self._replace_others()  # an adapter's versions of an earlier connection are gone
 
-    def _bytes_to_try(self) -> dict[str, Any]:
-        """A client that can't carry bytes shows it here, instead of in the middle of the first push."""
-        return _as_dict(Update(op="abort", session=self._token, version=0, call=0, payload=b"\0"))
-
-    def _learn_engine(self, replies: Replies) -> None:
-        gpus = {str(r.get("gpu", "")) for r in replies.values()}
+    def _learn_engine(self, answers: Answers) -> None:
+        told = [a.introduction for a in answers.values() if a.introduction is not None]
+        if len(told) != len(answers):
+            raise EngineNotReadyError("handshake: a worker has not introduced itself. Do both sides run the same lorasync?")
+        self.ranks, self.worker_ranks = len(answers), tuple(sorted(answers))
+        self.workers = max(answer.workers for answer in answers.values())
+        self.ways = ways_taken([worker.refused for worker in told])
+        if not self.ways:
+            why = "; ".join(f"{way}: {reason}" for way, reason in told[0].refused.items() if reason)
+            raise EngineNotReadyError(f"transport: the workers take none of those that this trainer offers ({why}).")
+        gpus = {worker.gpu for worker in told}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
-        self.capacity = min(int(r.get("capacity", 0)) for r in replies.values())
-        self.others = max(int(r.get("others", 0)) for r in replies.values())
-        self.multimodal = any(r.get("multimodal", False) for r in replies.values())
-        self.holds_adapter = all(r.get("held", False) for r in replies.values())
-        self.dtypes = next(iter(replies.values())).get("dtypes", {})
-        self.notes = tuple(dict.fromkeys(str(note) for r in replies.values() for note in r.get("notes", ())))
+        self.capacity = min(worker.capacity for worker in told)
+        self.others = max(worker.others for worker in told)
+        self.multimodal = any(worker.multimodal for worker in told)
+        self.holds_adapter = all(worker.held for worker in told)
+        self.dtypes = told[0].dtypes
+        self.notes = tuple(dict.fromkeys(note for worker in told for note in worker.notes))
 
-    def send(self, payload: Payload, version: int, *, op: Literal["bucket", "base"], beside: bool) -> float:
-        """One bucket; the slowest worker's seconds.
+    def send(self, parcel: Parcel, version: int, *, kind: Kind, beside: bool) -> float:
+        """Send one bucket; return the slowest worker's seconds.
 
         Args:
-            payload: the bucket.
+            parcel: the bucket, ready to travel.
             version: the version that it is a part of.
-            op: ``"base"`` for the packed base that is sent once.
+            kind: ``"base"`` for the packed base that is sent once.
             beside: stage it beside what is served, while the engine generates; otherwise it goes into live weights.
         """
-        call = self._next_call()
-        update = Update(
-            op=op,
-            session=self._token,
+        message = BucketMessage(
+            session=self.token,
+            call=self._next_call(),
             version=version,
-            call=call,
-            **payload.fields(self),
+            kind=kind,
+            transport=parcel.way,
+            fields=parcel.fields,
+            digest=parcel.digest,
+            background=beside and self.target.generates_meanwhile,
         )
-        background = beside and self.ranks > 0 and not self.target.in_process
-        if beside:
-            replies = self.control("stage", bucket=_as_dict(update), call=call, background=background)
-            replies = self._replies_to(call) if background else replies
-        else:
-            replies = self._answered(lambda: self.target.update(_as_dict(update)), call=call)
-        check_digests(replies, update.digest, "staged")
-        if op == "bucket":
-            self._sent.append(update.digest)
-        return slowest(replies)
+        answers = self._asked(message, parcel.payload)
+        if any(answer.pending for answer in answers.values()):
+            answers = self._collected()
+        check_digests(answers, parcel.digest, "staged")
+        if kind == "bucket":
+            self._sent.append(parcel.digest)
+        return slowest(answers)
 
-    def start(self) -> None:
-        try:
-            self._answered(self.target.start, call=0)
-        except (SyncTimeoutError, EngineDeadError) as error:
-            self.find_out(self.version + 1, error)
-            raise
-        except SyncError as error:
-            # A trainer that died has left its update open.
-            self.abort(self.version + 1, error, beside=False)
-            self._answered(self.target.start, call=0)
+    def _collected(self) -> Answers:
+        """Wait until every worker has staged the bucket in the background.
 
-    def finish(self) -> None:
-        self._answered(self.target.finish, call=0)
+        Raises:
+            SyncTimeoutError: naming the worker ranks that have not.
+        """
+        began = time.monotonic()
+        limit = self.target.patience.seconds(f"{self.name}: its workers")
+        while True:
+            now = time.monotonic()
+            answers = self._asked(Collect(session=self.token, call=self._next_call()))
+            late = [rank for rank, answer in answers.items() if answer.pending]
+            if not late:
+                return answers
+            if now - began >= limit:
+                self.target.patience.give_up()
+                raise SyncTimeoutError(
+                    f"worker ranks {late} of {self.ranks} did not stage a bucket within {limit:g} s. Are they busy or hung? "
+                    "connect(..., timeout=…) sets the limit."
+                )
+            time.sleep(min(max((now - began) / 8, 0.0003), 0.02))  # noticed an eighth too late at most
 
     def commit(self, version: int, keep: Collection[int]) -> float:
         """Serve what was sent, if the engine still serves what the trainer believes; the slowest worker's seconds.
@@ -182,29 +195,39 @@ class EngineSession:
             StaleVersionError: if somebody else has pushed meanwhile.
         """
         digest, self._sent = digest_of_parts(self._sent), []
+        self._replace_others()
         try:
-            replies = self.control(
-                "commit",
-                version=version,
-                expected=self.version,
-                digest=digest,
-                in_flight=tuple(sorted(keep)),
+            answers = self._asked(
+                Commit(
+                    session=self.token,
+                    call=self._next_call(),
+                    version=version,
+                    expected=self.version,
+                    digest=digest,
+                    in_flight=tuple(sorted(keep)),
+                )
             )
-            check_digests(replies, digest, "applied")
+            check_digests(answers, digest, "applied")
         except SyncTimeoutError:
-            replies = self._serving(version)  # the answer may be all that was lost
-            if not replies:
+            answers = self._serving(version)  # the answer may be all that was lost
+            if not answers:
                 raise
-        check_version(replies, version)
+        check_version(answers, version)
         self.version, self._torn, self._shut = version, "", ""
-        return slowest(replies)
+        return slowest(answers)
 
     def rollback(self, version: int, keep: Collection[int]) -> None:
         """Serve the version before; asked for the one after it, go forward again."""
-        replies = self.control(
-            "rollback", version=version, expected=self.version, in_flight=tuple(sorted(keep))
+        answers = self._asked(
+            Rollback(
+                session=self.token,
+                call=self._next_call(),
+                version=version,
+                expected=self.version,
+                in_flight=tuple(sorted(keep)),
+            )
         )
-        check_version(replies, version)
+        check_version(answers, version)
         self.version = version
 
     def take_on(self, version: int) -> None:
@@ -225,27 +248,17 @@ class EngineSession:
                 raise
             raise failure(error) from error
 
-    def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
+    def abort(self, version: int, error: BaseException) -> None:
         """Tell the workers to give the update up, and find out what they serve; never raises."""
         self._sent = []
-        call = self._next_call()
-        update = _as_dict(Update(op="abort", session=self._token, version=version, call=call))
-        with contextlib.suppress(Exception):  # not by vLLM's update, which may have ended
-            self.control("stage", bucket=update, call=call)
-        if not beside:  # the workers answer, they don't fail: vLLM's update is still open
-            with contextlib.suppress(Exception):
-                self.target.finish()
-        self._mailbox.collect(call)
+        with contextlib.suppress(Exception):
+            self._asked(Abort(session=self.token, call=self._next_call()))
         self.find_out(version, error)
-
-    def undo_commit(self, version: int, error: BaseException) -> None:
-        """A commit has failed, or never arrived: what was sent for it goes, and what is served is asked; never raises."""
-        self.abort(version, error, beside=True)
 
     def find_out(self, version: int, error: BaseException) -> None:
         """After a failure: ask what the engine serves now; one that does not say is closed."""
         try:
-            self._learn(self.control("status"))
+            self._learn(self._asked(self._status()))
         except Exception:
             self.unheard = True
             self._torn = (
@@ -258,7 +271,7 @@ class EngineSession:
         if not self.unheard:
             return
         believed = self.version
-        self._learn(self.control("status"))
+        self._learn(self._asked(self._status()))
         self.unheard = False
         if self.version != believed:
             self.shut(
@@ -272,23 +285,33 @@ class EngineSession:
         Raises:
             SyncError: if another trainer has shaken hands with it since.
         """
-        if not all(reply["ours"] for reply in self.control("status").values()):
+        if not all(answer.ours for answer in self._asked(self._status()).values()):
             raise SyncError(
                 "session: got another trainer's, expected this one's. The engine was restarted or another trainer took "
                 "it over: connect() again."
             )
 
-    def digests(self) -> dict[int, dict[str, Any]]:
-        return self.control("digest")
+    @property
+    def outdated(self) -> bool:
+        """Whether another trainer's versions are served; a worker that only an object of the user's reaches is asked."""
+        if not self.replaced and self.target.engine is None:
+            self.replaced = any(answer.replaced for answer in self._asked(self._status()).values())
+        return self.replaced
+
+    def digests(self) -> dict[int, str]:
+        """What every worker serves: worker rank → digest over its live parameters."""
+        answers = self._asked(Digest(session=self.token, call=self._next_call()))
+        return {rank: answer.digest for rank, answer in answers.items()}
 
     def goodbye(self, keep: Collection[int] = ()) -> None:
-        """The engine keeps serving; the folder in shared memory goes."""
-        if not self._remove.alive:
+        """End the conversation; the engine keeps serving."""
+        if not self._greeted:
             return
-        try:
-            self.control("goodbye", in_flight=tuple(sorted({*keep, *self.in_flight()})))
-        finally:
-            self._remove()
+        self._greeted = False
+        if self.capacity:
+            self._replace_others()
+        in_flight = tuple(sorted({*keep, *self.in_flight()}))
+        self._asked(Goodbye(session=self.token, call=self._next_call(), in_flight=in_flight))
 
     # -------------------------------------------------------------------------------- adapters in flight
 
@@ -323,91 +346,42 @@ class EngineSession:
 
     # ---------------------------------------------------------------------------------- calls and answers
 
-    def control(self, op: ControlOp, *, call: int = 0, **fields: Any) -> Replies:
-        call = call or self._next_call()
-        control = Control(
-            op=op,
-            protocol=PROTOCOL,
-            lorasync=__version__,
-            session=self._token,
-            call=call,
-            mailbox=str(self._mailbox.folder),
-            **fields,
-        )
-        return self._answered(
-            lambda: self.target.init(dict(vars(control))), call=call, at_once=not control.background
-        )
-
     @property
     def _limit(self) -> float:
         return self.target.patience.limit
 
-    def _answered(self, request: Callable[[], None], *, call: int, at_once: bool = True) -> Replies:
-        """Make a call; raise the workers' own error if one of them reports one."""
-        began = time.monotonic()
+    def _asked(self, message: Message, payload: object = b"") -> Answers:
+        """Send a message; return the answers of all workers, or raise what one of them reports."""
         try:
-            request()
+            found = self.target.call(message.to_dict(), payload)
         except LorasyncError:
-            self._mailbox.collect(call)
             raise
         except Exception as error:
-            replies = self._mailbox.collect(call)
-            raise_failed(replies, error)
-            if not replies or self.ranks == 1:
-                raise failure(error) from error
-            # What failed was an earlier call: vLLM had given that up before it read the answer of this rank.
-            return self._replies_to(call, replies, began=began)
-        if not call or not at_once:
-            return {}
-        return self._replies_to(call, began=began)
+            raise failure(error) from error
+        return read_answers(found, expected=self.target.workers)
 
-    def _replies_to(self, call: int, known: Replies | None = None, *, began: float | None = None) -> Replies:
-        """Wait for the answers of all ranks, which may come after vLLM's own call has returned.
+    def _status(self) -> Status:
+        return Status(session=self.token, call=self._next_call())
 
-        A rank that stages beside the engine's work answers when it is done. And vLLM gives a call up at the first rank
-        that fails and leaves the other answers unread, so that all its later calls return before those ranks are done.
-        """
-        patience = self.target.patience
-        asked = checked = time.monotonic()
-        deadline = (asked if began is None else began) + patience.seconds(f"{self.name}: its workers")
-        replies: Replies = dict(known or {})
-        while True:
-            replies |= self._mailbox.collect(call)
-            raise_failed(replies)
-            if len(replies) >= self.ranks:
-                return replies
-            now = time.monotonic()
-            if now >= deadline:
-                silent = sorted(set(range(self.ranks)) - replies.keys())
-                patience.give_up()
-                raise SyncTimeoutError(
-                    f"worker ranks {silent} of {self.ranks} did not answer within {self._limit:g} s. Are they busy, "
-                    "hung or dead? connect(..., timeout=…) sets the limit."
-                )
-            if now - checked > 1.0:
-                self.target.check_alive()
-                checked = now
-            time.sleep(min(max((now - asked) / 8, 0.0003), 0.02))  # it is noticed an eighth too late at most
-
-    def _serving(self, version: int) -> Replies:
+    def _serving(self, version: int) -> Answers:
         """The workers' answers, if all of them serve this version; none otherwise."""
         with contextlib.suppress(Exception):
-            replies = self.control("status")
-            if all(r["version"] == version and not r["closed"] for r in replies.values()):
-                return replies
+            answers = self._asked(self._status())
+            if all(answer.version == version and not answer.closed for answer in answers.values()):
+                return answers
         return {}
 
-    def _learn(self, replies: Replies) -> None:
-        self.version = max((int(r["version"]) for r in replies.values()), default=self.version)
-        self._torn = next((r["closed"] for r in replies.values() if r["closed"]), "")
-        served = sorted({int(r["version"]) for r in replies.values()})
+    def _learn(self, answers: Answers) -> None:
+        self.version = max((answer.version for answer in answers.values()), default=self.version)
+        self._torn = next((answer.closed for answer in answers.values() if answer.closed), "")
+        served = sorted({answer.version for answer in answers.values()})
         if len(served) > 1 and not self._torn:
             self._torn = f"Its workers serve different versions: {served}. Call send_weights() again."
+
+    def _replace_others(self) -> None:
+        if self.target.engine is not None:
+            replace_others(self.target.engine, self)
 
     def _next_call(self) -> int:
         self._calls += 1
         return self._calls
-
-
-def _as_dict(update: Update) -> dict[str, Any]:
-    return {k: v for k, v in vars(update).items() if v is not None}

@@ -46,6 +46,13 @@ def repack_for_cpu(layer: torch.nn.Module) -> None:
         held.quant_method.process_weights_after_loading(held)
 
 
+def in_context_of(vllm_config: Any) -> Any:
+    """The context in which vLLM's loaders and layers find the engine's config, as in vLLM's own calls for updates."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(vllm_config)
+
+
 @contextmanager
 def beside_the_engine(device: torch.device) -> Iterator[None]:
     """On another thread than the engine's: its device, and a stream of its own that is done at the end of the block."""

@@ -9,26 +9,28 @@ if TYPE_CHECKING:
 
 Pause = Literal["keep", "wait", "abort"]
 
-WEIGHT_SYNC_CALLS = (
-    "init_weight_transfer_engine",
-    "start_weight_update",
-    "update_weights",
-    "finish_weight_update",
-)
+METHOD = "weight_transfer_engine"
+"""What `collective_rpc` is asked to call: vLLM's workers keep our engine under this name, and it can be called."""
 
 
 class Target(Protocol):
     """The calls that a push needs.
 
     Attributes:
-        in_process: tensors can be handed over as they are.
+        in_process: its workers are objects of this process: tensors can be handed over as they are.
         generates_meanwhile: requests may be running while a push goes on.
         patience: how long its answers are waited for.
+        workers: how many workers answer each message; 0 if only their answers tell.
+        engine: what all connections of this process to the same engine have in common; None if it is not known here.
+        spread: whether other workers of the same engine belong to other trainer ranks, which drive them in step.
     """
 
     in_process: bool
     generates_meanwhile: bool
     patience: Patience
+    workers: int
+    engine: object | None
+    spread: bool
 
     def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """Refuse, before anything changes, an engine that lacks what a commit will need.
@@ -46,13 +48,9 @@ class Target(Protocol):
         """Raise `SyncError` on a thread that the engine needs for its answers."""
         ...
 
-    def init(self, info: dict[str, Any]) -> None: ...
-
-    def start(self) -> None: ...
-
-    def update(self, info: dict[str, Any]) -> None: ...
-
-    def finish(self) -> None: ...
+    def call(self, message: dict[str, Any], payload: Any) -> list[Any]:
+        """Give a message, and what rides beside it, to every worker; return what each of them answers."""
+        ...
 
     def name_version(self, version: str) -> None:
         """Let outputs say which version they are of, where this vLLM has them say it."""
@@ -81,13 +79,9 @@ class Target(Protocol):
 
 
 @runtime_checkable
-class WeightSyncCalls(Protocol):
-    """vLLM's own `VLLMWeightSyncClient`: any object with these four calls (an HTTP client, Ray handles) will do."""
+class CollectiveRpc(Protocol):
+    """Anything with vLLM's `collective_rpc`: a client, a handle of an actor, an object of the user's own."""
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
-
-    def start_weight_update(self) -> None: ...
-
-    def update_weights(self, update_info: dict[str, Any]) -> None: ...
-
-    def finish_weight_update(self) -> None: ...
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]: ...

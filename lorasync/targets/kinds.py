@@ -6,9 +6,10 @@ import inspect
 from typing import TYPE_CHECKING
 
 from lorasync.errors import EngineNotReadyError
-from lorasync.targets.base import WEIGHT_SYNC_CALLS, WeightSyncCalls
-from lorasync.targets.llm import AsyncLLMTarget, LLMTarget
-from lorasync.targets.rpc import CallsTarget
+from lorasync.targets.llm import LLMTarget
+from lorasync.targets.rpc import RpcTarget
+from lorasync.targets.base import CollectiveRpc
+from lorasync.targets.async_llm import AsyncLLMTarget
 
 if TYPE_CHECKING:
     from lorasync.targets.base import Pause, Target
@@ -34,12 +35,17 @@ def target_of(engine: object, *, timeout: float, pause: Pause = "keep") -> Targe
         return LLMTarget(engine, timeout=timeout)
     if _is_async_llm(engine):
         return AsyncLLMTarget(engine, timeout=timeout, pause=pause)
-    if isinstance(engine, WeightSyncCalls):
-        return CallsTarget(engine, timeout=timeout)
+    if isinstance(engine, CollectiveRpc):
+        return RpcTarget(engine, timeout=timeout)
     raise EngineNotReadyError(
         f"target: got {_described(engine)}, expected a vllm.LLM, an AsyncLLM, or an object with vLLM's "
-        f"four weight-sync calls ({', '.join(WEIGHT_SYNC_CALLS)}).{_hint(engine)}"
+        f"collective_rpc(method, timeout, args, kwargs).{_hint(engine)}"
     )
+
+
+def is_engine(found: object) -> bool:
+    """Whether it is an engine of some kind, or a class of one."""
+    return is_engine_here(found) or hasattr(found, "collective_rpc") or hasattr(found, "update_weights")
 
 
 def _is_async_llm(engine: object) -> bool:
@@ -54,7 +60,9 @@ def _hint(engine: object) -> str:
     if engine is None:
         return " Rank 0 is the one that talks to the engine: pass it there."
     if isinstance(engine, str):
-        return " Servers are not reached by their URL: pass an object with these calls."
+        return " Servers are not reached by their URL: pass an object with this call."
+    if hasattr(engine, "update_weights"):
+        return " Its weight-sync calls return nothing, so that a push could not be known to have arrived."
     if inspect.isawaitable(engine):
         return " Await it first."
     if hasattr(engine, "metadata"):

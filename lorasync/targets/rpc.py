@@ -1,4 +1,4 @@
-"""An engine that is reached through a client: any object with vLLM's weight-sync calls."""
+"""An engine that is reached from outside: any object with vLLM's `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -7,58 +7,61 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, SyncError
-from lorasync.targets.base import WEIGHT_SYNC_CALLS
+from lorasync.targets.base import METHOD
 from lorasync.targets.patience import Patience
 
 if TYPE_CHECKING:
-    from lorasync.targets.base import WeightSyncCalls
-
+    from lorasync.targets.base import CollectiveRpc
 
 _RESETS = ("reset_prefix_cache", "reset_encoder_cache")
 
 
-class CallsTarget:
-    """Any object with vLLM's four weight-sync calls, each taking plain dicts."""
+class RpcTarget:
+    """Any object with vLLM's `collective_rpc`, which carries strings, numbers, lists, dicts and bytes."""
 
-    in_process = False
+    in_process = spread = False
     generates_meanwhile = True
+    workers = 0
+    engine = None
 
-    def __init__(self, calls: WeightSyncCalls, *, timeout: float) -> None:
-        self._calls = calls
+    def __init__(self, rpc: CollectiveRpc, *, timeout: float) -> None:
+        self._rpc = rpc
         self.patience = Patience(timeout)
 
     def check_able(self, *, changes_weights: bool, multimodal: bool = False) -> None:
         """A client of the user's may lack anything: without a reset, what old weights have computed is served."""
         resets = _RESETS if multimodal else _RESETS[:1]
-        needed = (*WEIGHT_SYNC_CALLS, *resets) if changes_weights else WEIGHT_SYNC_CALLS
-        lacking = [name for name in needed if not callable(getattr(self._calls, name, None))]
+        needed = ("collective_rpc", *resets) if changes_weights else ("collective_rpc",)
+        lacking = [name for name in needed if not callable(getattr(self._rpc, name, None))]
         if lacking:
             raise EngineNotReadyError(
-                f"{type(self._calls).__name__}: has no {', '.join(f'{name}()' for name in lacking)}, expected all of "
+                f"{type(self._rpc).__name__}: has no {', '.join(f'{name}()' for name in lacking)}, expected all of "
                 f"{', '.join(needed)}: each is called in every push. Add it to the object. Nothing was touched."
             )
 
     def check_elsewhere(self) -> None:
         """These calls have no thread of their own."""
 
-    def init(self, info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", info)
+    def call(self, message: dict[str, Any], payload: Any) -> list[Any]:
+        """Give a message to every worker.
 
-    def start(self) -> None:
-        self._call("start_weight_update")
-
-    def update(self, info: dict[str, Any]) -> None:
-        self._call("update_weights", info)
-
-    def finish(self) -> None:
-        self._call("finish_weight_update")
+        Raises:
+            EngineNotReadyError: if what comes back is no list of answers.
+        """
+        found = self._call("collective_rpc", METHOD, what=message["op"], args=(message, payload))
+        if not isinstance(found, list | tuple):
+            raise EngineNotReadyError(
+                f"{type(self._rpc).__name__}.collective_rpc: returned {type(found).__name__}, expected a list with what "
+                "each worker has returned. What can't be known to have arrived is not pushed."
+            )
+        return list(found)
 
     def name_version(self, version: str) -> None:
-        """These calls don't name it."""
+        """Such an object is not asked to name it."""
 
     def reset_caches(self) -> None:
         for name in _RESETS:
-            if callable(getattr(self._calls, name, None)):
+            if callable(getattr(self._rpc, name, None)):
                 self._reset(name)
 
     def _reset(self, name: str) -> None:
@@ -70,29 +73,28 @@ class CallsTarget:
             )
 
     def pause(self) -> None:
-        """Pausing is the caller's: these calls have none."""
+        """Pausing is the caller's."""
 
     def resume(self) -> None:
         """Nothing was stopped."""
 
     def adapters_in_flight(self) -> frozenset[int]:
-        """These calls don't tell: the caller keeps requests of retired versions away."""
+        """Such an object does not tell: the caller keeps requests of retired versions away."""
         return frozenset()
 
     def settle(self) -> None:
-        """These calls don't tell."""
+        """Such an object does not tell."""
 
     def check_alive(self) -> None:
-        """These calls don't tell."""
+        """Such an object does not tell."""
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        what = "the handshake" if name == WEIGHT_SYNC_CALLS[0] else name
-        found = self.patience.call(lambda: getattr(self._calls, name)(*arguments), what)
+    def _call(self, name: str, *arguments: Any, what: str = "", **named: Any) -> Any:
+        found = self.patience.call(lambda: getattr(self._rpc, name)(*arguments, **named), what or name)
         if inspect.isawaitable(found) or isinstance(found, concurrent.futures.Future):
             if inspect.iscoroutine(found):
                 found.close()
             raise EngineNotReadyError(
-                f"{type(self._calls).__name__}.{name}: returned {type(found).__name__}, still to be awaited, expected "
+                f"{type(self._rpc).__name__}.{name}: returned {type(found).__name__}, still to be awaited, expected "
                 "to return when the engine has answered. Wrap it: asyncio.run_coroutine_threadsafe(…).result(), ray.get(…)."
             )
         return found

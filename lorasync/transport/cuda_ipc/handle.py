@@ -11,6 +11,7 @@ import torch
 
 from lorasync.errors import PayloadError
 
+NAME = "cuda_ipc"
 NO_SHARED_GPU = "LORASYNC_NO_CUDA_IPC"
 """Set this variable where processes on one GPU can't read each other's memory (containers apart, for one)."""
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import PayloadError
 from lorasync.kernels.checksum import Checksum
-from lorasync.transport.cuda_ipc.handle import handles_from_text
+from lorasync.transport.cuda_ipc.handle import gpu_of, handles_from_text
 from lorasync.transport.cuda_ipc.items import Parts, from_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from lorasync.lent import Recurring
 
 
-class Openings:
-    """What a trainer has shown to a worker, by the text that says so; opened once and kept."""
+class Receiver:
+    """Opened IPC buckets, by their handles and layout: what a trainer has shown is opened once and kept."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pages: dict[tuple[str, str], _Page] = {}
 
-    def read(self, handles: str, layout: str, expected: str) -> Recurring:
+    def refuses(self, offer: Mapping[str, str]) -> str:  # noqa: ARG002
+        """A worker without a GPU reads none; whether it is the trainer's GPU is compared for each bucket."""
+        return "" if gpu_of(self._device) else "this worker shares no GPU"
+
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Recurring:  # noqa: ARG002
         """A bucket that lies in the trainer's memory: to be read before the trainer gets its answer.
 
         The same objects come again for as long as handles and layout are the same.
@@ -30,13 +36,14 @@ class Openings:
         Raises:
             PayloadError: Handles or layout are malformed, lead out of the memory, or a checksum is not the expected one.
         """
+        handles, layout = fields.get("handles", ""), fields.get("layout", "")
         if (handles, layout) not in self._pages:
             storages = [handle.open(self._device) for handle in handles_from_text(handles)]
             self._keep((handles, layout), _Page(from_text(layout, storages)))
         page = self._pages[handles, layout]
-        if not page.has(expected):
+        if not page.has(digest):
             raise PayloadError(
-                f"bucket on the GPU: its checksum is not {expected or 'there'}: bytes were altered. Not applied."
+                f"bucket on the GPU: its checksum is not {digest or 'there'}: bytes were altered. Not applied."
             )
         return page.bucket
 

@@ -1,8 +1,8 @@
-"""The trainer's side: what workers on the same GPU may read, and how they find it."""
+"""The trainer's side of CUDA IPC: what workers on the same GPU may read, and how they find it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from lorasync.kernels import PendingMerge, RepeatedMerge
 from lorasync.kernels.checksum import Checksum
 from lorasync.lent import Lent, items_of, made
-from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text
+from lorasync.transport.base import Parcel, Place
+from lorasync.transport.cuda_ipc.handle import NAME, NO_SHARED_GPU, Handle, gpu_of, handles_as_text
 from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, is_lendable
 
 if TYPE_CHECKING:
@@ -21,28 +22,38 @@ if TYPE_CHECKING:
 _ALIGN = 256
 
 
-@dataclass(frozen=True)
-class Letter:
-    """What a worker needs to read a bucket: handles of storages, what lies where in them, and checksums."""
-
-    handles: str
-    layout: str
-    digest: str
-
-
-class Lender:
-    """Shows one bucket after another to the workers on its GPU.
+class Sender:
+    """Shows one bucket after another to the workers on the trainer's GPU.
 
     What a source lends is read where it lies in the trainer's model. What it had to make is put into a buffer, which
     the next bucket uses again. Handles and layouts are kept for as long as the same things lie in the same places.
     """
+
+    name = NAME
+    overlaps = False  # what was made lies in one buffer
 
     def __init__(self, export: Callable[[torch.Tensor], Handle] = Handle.of) -> None:
         self._export = export
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._pages: dict[str, _Page] = {}  # by the bucket's first name
 
-    def put(self, bucket: Bucket) -> Letter:
+    def offer(self) -> dict[str, str] | None:
+        """Workers on a GPU of this host may try; None without a GPU, or where processes can't read each other's memory."""
+        return {} if torch.cuda.is_available() and not os.environ.get(NO_SHARED_GPU) else None
+
+    def takes(self, bucket: Bucket, place: Place) -> bool:
+        """Whether all of it lies on the GPU that all the engine's workers are on."""
+        devices = bucket.devices if isinstance(bucket, Lent) else {tensor.device for tensor in bucket.values()}
+        return bool(place.gpu) and len(devices) == 1 and gpu_of(next(iter(devices))) == place.gpu
+
+    def release(self) -> None:
+        """Keep the buffer: the next push needs it again."""
+
+    def close(self) -> None:
+        """Let go of the buffer and of what was shown."""
+        self._buffer, self._pages = torch.empty(0, dtype=torch.uint8), {}
+
+    def put(self, bucket: Bucket) -> Parcel:
         """Make a bucket readable, and say how to read it; it is all there when this returns."""
         items = items_of(bucket)
         first = next(iter(items))
@@ -87,7 +98,7 @@ class _Page:
         return self._of is bucket if isinstance(bucket, Lent) else self._of == _layout(bucket)
 
     @torch.no_grad()
-    def written(self, items: Mapping[str, Item]) -> Letter:
+    def written(self, items: Mapping[str, Item]) -> Parcel:
         """Copy and merge what is not lent into its place, and sum up all that will be read."""
         copied = {name: items[name] for name in self._places}
         merges = {name: item for name, item in copied.items() if isinstance(item, PendingMerge)}
@@ -96,7 +107,8 @@ class _Page:
             torch._foreach_copy_([self._places[name] for name in copies], list(copies.values()))
         if merges:
             self._merge.run(merges, lambda: [m.whole_job(self._places[n], name=n) for n, m in merges.items()])
-        return Letter(self._handles, self._layout, self._sum_of_frozen() + self._fresh.now())
+        fields = {"handles": self._handles, "layout": self._layout}
+        return Parcel(NAME, fields, digest=self._sum_of_frozen() + self._fresh.now())
 
     def _sum_of_frozen(self) -> str:
         """Computed again only if torch counts a write to one of them."""

@@ -1,0 +1,35 @@
+"""Who serves an engine's versions: a connection learns, without asking the engine, that another one has taken over.
+
+`Sync.request` is asked at each `generate`, also on the event loop that runs the engine, where nothing may be waited for.
+All connections to an `LLM` or an `AsyncLLM` are in the process that holds it: they are told here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+
+class Session(Protocol):
+    """A connection's conversation with one engine.
+
+    Attributes:
+        replaced: whether another connection's versions are served instead of its own.
+    """
+
+    replaced: bool
+
+
+def join(engine: object, session: Session) -> None:
+    """A connection has shaken hands with the engine."""
+    _sessions.setdefault(engine, weakref.WeakSet()).add(session)
+
+
+def replace_others(engine: object, session: Session) -> None:
+    """Before the versions of all other connections go: vLLM ends the whole engine when a request names a lost adapter."""
+    for other in _sessions.get(engine, ()):
+        if other is not session:
+            other.replaced = True
+
+
+_sessions: weakref.WeakKeyDictionary[object, weakref.WeakSet[Session]] = weakref.WeakKeyDictionary()

@@ -1,0 +1,102 @@
+"""What every transport has: a sender in the trainer, and a receiver in each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorasync.kernels import PendingMerge
+from lorasync.lent import Bucket
+
+Received = Mapping[str, Tensor | PendingMerge]
+
+
+class Place(Protocol):
+    """An engine, as far as a transport has to know it.
+
+    Attributes:
+        name: what errors call the engine.
+        ways: the transports that every worker of it takes, the cheapest first.
+        gpu: the GPU that all its workers are on; empty if there is no such one.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ways(self) -> tuple[str, ...]: ...
+
+    @property
+    def gpu(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One bucket, ready to travel.
+
+    Attributes:
+        way: the transport's name.
+        fields: what a receiver needs to find the bytes; JSON-safe.
+        payload: what rides beside the message: bytes, or the bucket itself inside one process.
+        digest: of the bytes; empty inside one process.
+    """
+
+    way: str
+    fields: dict[str, str] = field(default_factory=dict)
+    payload: Any = b""
+    digest: str = ""
+
+
+class Sender(Protocol):
+    """The trainer's side of a transport; one for all engines of a connection.
+
+    Attributes:
+        name: the transport's name.
+        overlaps: whether the next bucket may be made ready while workers read the one before.
+    """
+
+    name: str
+    overlaps: bool
+
+    def offer(self) -> dict[str, str] | None:
+        """What a worker needs to try the transport; None where this trainer can't use it."""
+        ...
+
+    def takes(self, bucket: Bucket, place: Place) -> bool:
+        """Whether this bucket can go this way to that engine."""
+        ...
+
+    def put(self, bucket: Bucket) -> Parcel:
+        """Make the bucket ready; its bytes are all there when this returns."""
+        ...
+
+    def release(self) -> None:
+        """Give back what a push that failed has taken."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back: the connection ends."""
+        ...
+
+
+class Receiver(Protocol):
+    """A worker's side of a transport."""
+
+    def refuses(self, offer: Mapping[str, str]) -> str:
+        """Why the worker can't take buckets this way; empty if it can."""
+        ...
+
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:
+        """The bucket, compared with its digest; to be read before the trainer gets its answer.
+
+        Raises:
+            PayloadError: if it is not what the trainer has sent.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what was opened: the trainer says goodbye, or another one takes over."""
+        ...

@@ -1,0 +1,67 @@
+"""All transports, on the trainer's side: the handshake offers them, each bucket goes by the cheapest that fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorasync.transport import cuda_ipc, in_process, inline, shared_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lorasync.lent import Bucket
+    from lorasync.transport.base import Parcel, Place, Sender
+
+CHEAPEST_FIRST = (in_process.NAME, cuda_ipc.NAME, shared_memory.NAME, inline.NAME)
+
+
+class Post:
+    """The senders of one connection, shared by all its engines: a bucket is written once for each way."""
+
+    def __init__(self, senders: Iterable[Sender] | None = None) -> None:
+        given = senders or (in_process.Sender(), cuda_ipc.Sender(), shared_memory.Sender(), inline.Sender())
+        self._senders = {sender.name: sender for sender in given}
+
+    def offers(self, *, hands_over: bool) -> dict[str, dict[str, str]]:
+        """What the handshake offers an engine.
+
+        Args:
+            hands_over: whether its workers are objects of this process; they need no other way then.
+        """
+        if hands_over:
+            return {in_process.NAME: {}}
+        found = {name: sender.offer() for name, sender in self._senders.items() if name != in_process.NAME}
+        return {name: offer for name, offer in found.items() if offer is not None}
+
+    def way_of(self, bucket: Bucket, place: Place) -> str:
+        """The cheapest transport for this bucket to that engine."""
+        return next(way for way in place.ways if self._senders[way].takes(bucket, place))
+
+    def parcels(self, bucket: Bucket, places: Sequence[Place]) -> list[Parcel]:
+        """The bucket, ready for each of these engines."""
+        ways = [self.way_of(bucket, place) for place in places]
+        made = {way: self._senders[way].put(bucket) for way in dict.fromkeys(ways)}
+        return [made[way] for way in ways]
+
+    def overlap(self, places: Sequence[Place]) -> bool:
+        """Whether a bucket may be made ready for these engines while they read the one before."""
+        return all(self._senders[way].overlaps for place in places for way in place.ways)
+
+    def release(self) -> None:
+        """A push has failed: what it has taken is given back."""
+        for sender in self._senders.values():
+            sender.release()
+
+    def close(self) -> None:
+        """The connection ends."""
+        for sender in self._senders.values():
+            sender.close()
+
+
+def ways_taken(refused: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    """The transports that none of these workers has refused, the cheapest first.
+
+    Args:
+        refused: for each worker, why not, by transport; empty for one that works.
+    """
+    return tuple(way for way in CHEAPEST_FIRST if all(told.get(way) == "" for told in refused))
