@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
@@ -29,8 +30,7 @@ from lorasync.kernels import PendingMerge
 from lorasync.layout import check_layout
 from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, LoadApplier, applier_for
-from lorasync.receive.base import CheckpointBases, CopiedBases
-from lorasync.receive.served import changed_at_start, notes_of
+from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport.cuda_ipc import Openings, gpu_of
 from lorasync.version import __version__
 from lorasync.wire import (
@@ -73,11 +73,9 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._session = ""
         self.version = 0
         self.closed = ""
-        self.changed: set[str] = changed_at_start(vllm_config, model)
-        """Parameters that are, or may be, something else than the checkpoint's; it outlives sessions."""
+        self.served = ServedModel(vllm_config, model, device)
         self._gpu = Openings(device)
         self._here = False  # the trainer is in this process, and waits for the device itself
-        self._copies: dict[str, CopiedBases] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
         self._staging: Future[None] | None = None
         self._digests: list[str] = []  # of the buckets that have come of the next version
@@ -160,10 +158,9 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         if box is not None:
             self._mailboxes[control.session] = box
         described = self._applier.describe()
-        notes = [*notes_of(self.vllm_config), *described.get("notes", ())]
         return {
-            **described,
-            "notes": notes,
+            **asdict(described),
+            "notes": [*notes_of(self.vllm_config), *described.notes],
             "gpu": gpu_of(self.device),
             "dtypes": self._dtypes(),
             "multimodal": bool(self.model_config.is_multimodal_model),
@@ -177,7 +174,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _applier_for(self, control: Control) -> Applier:
         try:
-            return applier_for(control, self)
+            return applier_for(control.apply, control.manifest, self.served, self.version)
         except LorasyncError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -193,15 +190,16 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         try:
             bucket, found_digest = self._bucket_of(update)
             if isinstance(applier, LoadApplier) and update.op == "bucket":
-                found = applier.receive(bucket)
+                applier.receive(bucket)
+            elif update.op == "base":
+                applier.receive_base(_without_merges(bucket))
             else:
-                tensors = _without_merges(bucket)
-                found = applier.receive_base(tensors) if update.op == "base" else applier.receive(tensors)
+                applier.receive(_without_merges(bucket))
             if update.gpu:  # once it has its answer the trainer writes there again
                 vllm_parts.wait_for_stream(self.device)
             if update.op == "bucket":
                 self._digests.append(found_digest)
-            return {**found, "digest": found_digest}
+            return {"digest": found_digest}
         except BaseException:
             self._abort(applier)
             raise
@@ -245,7 +243,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             )
         try:
             self._outdate_others(control.session)
-            found = applier.commit(control.version, control.in_flight)
+            applier.commit(control.version, control.in_flight)
             if not self._here:
                 vllm_parts.wait_for(self.device)  # what fails on a GPU fails here, not in the first request
         except BaseException:
@@ -254,7 +252,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         self._before, self.version = self.version, control.version
         self.closed = ""
         self._digests = []
-        return {**found, "digest": digest}
+        return {"digest": digest}
 
     def _rollback(self, control: Control) -> dict[str, Any]:
         applier = self._applier_of(control.session)
@@ -264,13 +262,13 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
                 f"{control.version}. Nothing was touched."
             )
         try:
-            found = applier.rollback(control.in_flight)
+            applier.rollback(control.in_flight)
         except BaseException:
             self._abort(applier)
             raise
         vllm_parts.wait_for(self.device)
         self._before, self.version = self.version, control.version
-        return found
+        return {}
 
     def _goodbye(self, control: Control) -> dict[str, Any]:
         if control.session == self._session and self._applier is not None:
@@ -402,12 +400,6 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
     def rank(self) -> int:
         parallel = self.vllm_config.parallel_config
         return int(parallel.rank)
-
-    def copies_of_base(self, kind: str, checkpoint: CheckpointBases) -> CopiedBases:
-        """The copies of the pristine base that this worker keeps, on the device or in host memory."""
-        if kind not in self._copies:
-            self._copies[kind] = CopiedBases(self.device if kind == "device" else "cpu", checkpoint)
-        return self._copies[kind]
 
 
 def _without_merges(bucket: dict[str, torch.Tensor | PendingMerge]) -> dict[str, torch.Tensor]:
