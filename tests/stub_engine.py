@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lorasync.errors import SyncError
+from lorasync.receive.described import Described
 from lorasync.receive.engine import WorkerEngine
 from lorasync.wire import ADAPTER_IDS, Control, Update
 
@@ -28,27 +29,24 @@ class Slots:
         self.current = worker.version if worker.version in worker.held else -1
         self.previous = -1
 
-    def describe(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"notes": list(self.worker.llm.notes)}
-        if self.adapter:
-            held = self.current > 0
-            found |= {"capacity": self.worker.llm.capacity, "held": held, "others": self.worker.llm.others}
-        return found
+    def describe(self) -> Described:
+        llm = self.worker.llm
+        if not self.adapter:
+            return Described(notes=tuple(llm.notes))
+        return Described(llm.capacity, self.current > 0, llm.others, tuple(llm.notes))
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.staged |= {n: t.clone() for n, t in tensors.items()}
-        return {"received": len(self.staged)}
 
     receive_base = receive
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> None:
         self.worker.llm.happens("commit in the worker")
         self._keep(set(in_flight) - {version})
         self.worker.held[version] = self.staged
         self.previous, self.current, self.staged = self.current, version, {}
-        return {}
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:
+    def rollback(self, in_flight: Collection[int]) -> None:
         self.worker.llm.happens("rollback in the worker")
         if self.previous < 0:
             raise SyncError("rollback: there is no version before this one on this connection.")
@@ -56,7 +54,6 @@ class Slots:
         self.worker.held.setdefault(back, {})
         self._keep({*in_flight, back})
         self.previous, self.current = self.current, back
-        return {}
 
     def undo(self) -> bool:
         self.staged = {}
@@ -82,23 +79,21 @@ class Weights:
     def __init__(self, worker: StubWorker) -> None:
         self.worker, self.touched = worker, False
 
-    def describe(self) -> dict[str, Any]:
-        return {"notes": list(self.worker.llm.notes)}
+    def describe(self) -> Described:
+        return Described(notes=tuple(self.worker.llm.notes))
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.worker.llm.happens("load")
         self.worker.live |= {n: t.clone() for n, t in tensors.items()}
         self.touched = True
-        return {"received": len(self.worker.live)}
 
     receive_base = receive
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> None:
         self.worker.llm.happens("commit in the worker")
         self.touched = False
-        return {}
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:
+    def rollback(self, in_flight: Collection[int]) -> None:
         raise SyncError(
             "rollback: merged weights replace the old ones in place. Push the older policy instead."
         )

@@ -151,7 +151,7 @@ def test_a_policy_without_a_base_for_what_was_changed_is_refused(tmp_path, monke
     narrow = policy_of(path, target_modules=["q_proj"])
     with served.loaded(path) as (model, config):
         worker = served.Worker(model, config)
-        worker.engine.changed = {"model.norm.weight"}
+        worker.engine.served.changed = {"model.norm.weight"}
         source = ls.FactorSource(narrow)
         samples = {n: s for n, s in base_samples(source).items() if n != "model.norm.weight"}
         monkeypatch.setattr("lorasync.source.base_samples", lambda _: samples)

@@ -16,24 +16,22 @@ from lorasync.errors import (
 )
 from lorasync.fingerprint import from_json as samples_from_json
 from lorasync.receive import vllm_parts
-from lorasync.receive.base import CheckpointBases
+from lorasync.receive.described import Described
 from lorasync.receive.edits import ways_to_merge
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.identity import check_base
-from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import Row, record_plan
 from lorasync.receive.restore import fed_by
-from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import Staging, parsed
-from lorasync.receive.twin import build_twin
 from lorasync.source.factors import FactorSpec
-from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
+from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from lorasync.fingerprint import WeightSample
-    from lorasync.receive.engine import WorkerEngine
+    from lorasync.receive.plan import ManifestEntry
+    from lorasync.receive.served import ServedModel
+    from lorasync.receive.windows import Row
 
 
 class AdapterApplier:
@@ -41,14 +39,15 @@ class AdapterApplier:
 
     changes_weights = False
 
-    def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
-        self._engine = engine
+    def __init__(
+        self, manifest: Sequence[ManifestEntry], served: ServedModel, wanted: Mapping[str, Any], version: int
+    ) -> None:
+        self._served = served
         self._spec = parsed(FactorSpec.from_json, wanted, "spec")
-        self._manager = _manager_of(engine, self._spec)
-        manifest = manifest_from_text(control.manifest)
+        self._manager = _manager_of(served, self._spec)
         _refuse_what_slots_cannot_hold(self._spec)
-        _check_rank(self._spec, engine.vllm_config.lora_config.max_lora_rank)
-        self._helper = vllm_parts.peft_helper(self._spec.config, engine.vllm_config.lora_config)
+        _check_rank(self._spec, served.lora.max_lora_rank)
+        self._helper = vllm_parts.peft_helper(self._spec.config, served.lora)
         self._check_modules([name for name, _, _ in manifest])
         self._notes: list[str] = []
         if not parsed(bool, wanted, "other_base"):
@@ -56,32 +55,29 @@ class AdapterApplier:
         self._staging = Staging(
             manifest,
             torch.device("cpu"),
-            pinned=engine.device.type == "cuda",
-            dtype=engine.vllm_config.lora_config.lora_dtype,
+            pinned=served.device.type == "cuda",
+            dtype=served.lora.lora_dtype,
         )
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._previous = -1
-        self._current = engine.version if engine.version in self._ours() else -1
+        self._current = version if version in self._ours() else -1
 
-    def describe(self) -> dict[str, Any]:
-        held = self._current > 0
-        return {
-            "modules": len(self._spec.modules),
-            "capacity": int(self._manager.capacity),
-            "held": held,
-            "others": len(self._manager.list_adapters()) - len(self._ours()),
-            "notes": self._notes,
-        }
+    def describe(self) -> Described:
+        return Described(
+            capacity=int(self._manager.capacity),
+            held=self._current > 0,
+            others=len(self._manager.list_adapters()) - len(self._ours()),
+            notes=tuple(self._notes),
+        )
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._staging.add(tensors)
-        vllm_parts.wait_for_stream(self._engine.device)  # the host reads it, to scale it
-        return {"received": len(self._staging.received)}
+        vllm_parts.wait_for_stream(self._served.device)  # the host reads it, to scale it
 
-    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
         raise PayloadError("Serving an adapter needs no base from the trainer.")
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:
+    def commit(self, version: int, in_flight: Collection[int]) -> None:
         tensors = self._staging.take(version)
         keep = set(in_flight) - {version}
         self._check_room(version, keep)
@@ -95,9 +91,8 @@ class AdapterApplier:
             raise
         self._previous, self._current = self._current, version
         self._kept = {v: t for v, t in self._kept.items() if v == self._previous} | {version: tensors}
-        return {"adapter_id": ADAPTER_IDS + version}
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:
+    def rollback(self, in_flight: Collection[int]) -> None:
         if self._previous not in self._kept:
             raise SyncError("rollback: there is no version before this one on this connection.")
         back = self._previous
@@ -105,7 +100,6 @@ class AdapterApplier:
         self._retire_all_but({*in_flight, back})
         self._install(back, self._kept[back])
         self._previous, self._current = self._current, back  # asked again, it goes forward
-        return {"adapter_id": ADAPTER_IDS + back}
 
     def undo(self) -> bool:
         self._staging.drop()
@@ -131,7 +125,9 @@ class AdapterApplier:
         number = ADAPTER_IDS + version
         if version not in self._ours():
             self._refuse_taken(number)
-            self._manager.add_adapter(vllm_parts.lora_model(number, tensors, self._helper, self._engine))
+            model, config = self._served.model, self._served.config
+            adapter = vllm_parts.lora_model(number, tensors, self._helper, model=model, config=config)
+            self._manager.add_adapter(adapter)
         self._pin(version)
         self._manager.activate_adapter(number)
 
@@ -170,7 +166,7 @@ class AdapterApplier:
         served = vllm_parts.lora_module_names(self._manager)
         wrong = []
         for name in names:
-            module = vllm_parts.lora_module_of(name, self._engine.model)
+            module = vllm_parts.lora_module_of(name, self._served.model)
             if module not in served:
                 fix = "Train without this module, or use MergedSource or MergeInWorker."
                 wrong.append(
@@ -181,17 +177,12 @@ class AdapterApplier:
 
     def _check_base(self, found: Mapping[str, WeightSample]) -> None:
         samples = {n: s for n, s in found.items() if n not in self._spec.ties}
-        dtype: torch.dtype = self._engine.model_config.dtype
+        dtype = self._served.dtype
         manifest = [(name, dtype, sample.shape) for name, sample in samples.items()]
-        ranks = int(self._engine.vllm_config.parallel_config.tensor_parallel_size)
-        twin = build_twin(self._engine.vllm_config)
-        refuse_quantized(self._engine.vllm_config, twin, what="the weights that were trained on")
         may_ignore = may_be_ignored(list(samples), {m.weight for m in self._spec.modules})
-        plan = record_plan(twin, manifest, ranks=ranks, may_ignore=may_ignore)
+        plan = self._served.plan_for(manifest, what="the weights that were trained on", may_ignore=may_ignore)
         self._notes = ignored_notes(plan)
-        live = LiveModel(self._engine.model, self._engine.model_config, plan)
-        checkpoint = CheckpointBases(self._engine.model_config, dtype)
-        changed = self._engine.changed
+        live, checkpoint, changed = self._served.live(plan), self._served.checkpoint, self._served.changed
 
         def read(row: Row) -> torch.Tensor:
             if row.param in live.direct:
@@ -221,14 +212,14 @@ def _refuse_changed(params: Collection[str]) -> None:
         )
 
 
-def _manager_of(engine: WorkerEngine, spec: FactorSpec) -> Any:
-    if engine.vllm_config.lora_config is None:
+def _manager_of(served: ServedModel, spec: FactorSpec) -> Any:
+    if served.lora is None:
         rank = max((m.r for m in spec.modules), default=8)
         raise EngineNotReadyError(
             "enable_lora: got False, expected True: ServeAdapter needs LoRA slots. Start the engine with "
             f"LLM(..., enable_lora=True, max_lora_rank={vllm_parts.permitted_rank(rank)}), or use MergeInWorker."
         )
-    return engine.model.lora_manager
+    return served.model.lora_manager
 
 
 def _check_rank(spec: FactorSpec, largest: int) -> None:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
 from lorasync.receive.adapter import AdapterApplier
+from lorasync.receive.described import Described
 from lorasync.receive.factors import FactorApplier
-from lorasync.receive.live import LiveModel, stands_for
-from lorasync.receive.plan import LoadPlan, check_complete, record_plan
-from lorasync.receive.served import refuse_quantized
+from lorasync.receive.live import stands_for
+from lorasync.receive.plan import LoadPlan, check_complete
 from lorasync.receive.staging import BucketCheck, parsed
-from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
-from lorasync.wire import Control, dtype_name, manifest_from_text
+from lorasync.wire import dtype_name, manifest_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from lorasync.kernels import PendingMerge
-    from lorasync.receive.engine import WorkerEngine
+    from lorasync.receive.plan import ManifestEntry
+    from lorasync.receive.served import ServedModel
 
 
 class Applier(Protocol):
@@ -33,15 +33,15 @@ class Applier(Protocol):
 
     changes_weights: bool
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> Described: ...
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
+    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
-    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]: ...
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]: ...
+    def commit(self, version: int, in_flight: Collection[int]) -> None: ...
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]: ...
+    def rollback(self, in_flight: Collection[int]) -> None: ...
 
     def undo(self) -> bool:
         """Drop what the unfinished update brought; True if live weights had been touched already."""
@@ -50,17 +50,23 @@ class Applier(Protocol):
     def close(self, in_flight: Collection[int]) -> None: ...
 
 
-def applier_for(control: Control, engine: WorkerEngine) -> Applier:
-    """The applier that the trainer asked for in its handshake.
+def applier_for(strategy: str, manifest: str, served: ServedModel, version: int) -> Applier:
+    """Make the applier that the trainer asked for in its handshake.
+
+    Args:
+        strategy: The trainer's strategy and its settings, as JSON.
+        manifest: What the trainer will send, as `manifest_as_text` writes it.
+        served: What the worker serves.
+        version: The version that the worker serves now.
 
     Raises:
-        MismatchError: if what will be pushed does not fit the served model; everything wrong is listed.
+        MismatchError: What will be pushed does not fit the served model; everything wrong is listed.
     """
-    wanted = parsed(json.loads, {"apply": control.apply}, "apply")
+    wanted = parsed(json.loads, {"apply": strategy}, "apply")
     kinds: dict[str, Callable[[], Applier]] = {
-        "load": lambda: LoadApplier(control, engine),
-        "merge": lambda: FactorApplier(control, engine, wanted),
-        "adapter": lambda: AdapterApplier(control, engine, wanted),
+        "load": lambda: LoadApplier(manifest_from_text(manifest), served),
+        "merge": lambda: FactorApplier(manifest_from_text(manifest), served, wanted),
+        "adapter": lambda: AdapterApplier(manifest_from_text(manifest), served, wanted, version),
     }
     kind = str(wanted.get("kind")) if isinstance(wanted, dict) else type(wanted).__name__
     if kind not in kinds:
@@ -73,39 +79,30 @@ class LoadApplier:
 
     changes_weights = True
 
-    def __init__(self, control: Control, engine: WorkerEngine) -> None:
-        manifest = manifest_from_text(control.manifest)
-        ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
-        twin = build_twin(engine.vllm_config)
-        refuse_quantized(engine.vllm_config, twin, what="merged weights")
-        plan = record_plan(twin, manifest, ranks=ranks)
-        check_complete(plan, plan.uncovered.keys() - stands_for(engine.model, plan.uncovered).keys())
-        _refuse_narrowing(plan, manifest, engine.model_config.dtype)
+    def __init__(self, manifest: Sequence[ManifestEntry], served: ServedModel) -> None:
+        plan = served.plan_for(manifest, what="merged weights")
+        check_complete(plan, plan.uncovered.keys() - stands_for(served.model, plan.uncovered).keys())
+        _refuse_narrowing(plan, manifest, served.dtype)
         self._expected = {name: (dtype, shape) for name, dtype, shape in manifest}
-        self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._live = served.live(plan)
         self._live.check_writable()
-        self._changed = engine.changed
+        self._changed = served.changed
         self._pass: LiveWriter | None = None
         self._received: set[str] = set()
         self._check = BucketCheck()
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "tensors": len(self._expected),
-            "direct": len(self._live.direct),
-            "params": len(self._live.plan.layouts),
-        }
+    def describe(self) -> Described:
+        return Described()
 
-    def receive(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> dict[str, Any]:
+    def receive(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
         self._check(tensors, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live)
             self._changed.update(self._live.plan.layouts)
         self._pass.write(tensors)
         self._received |= tensors.keys()
-        return {"received": len(self._received)}
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
+    def commit(self, version: int, in_flight: Collection[int]) -> None:  # noqa: ARG002
         missing = sorted(self._expected.keys() - self._received)
         if missing:
             raise PayloadError(
@@ -114,12 +111,11 @@ class LoadApplier:
         assert self._pass is not None
         self._pass.finish()
         self._pass, self._received = None, set()
-        return {}
 
-    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
         raise PayloadError("A merged push has no base of its own.")
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
+    def rollback(self, in_flight: Collection[int]) -> None:  # noqa: ARG002
         raise SyncError(
             "rollback: merged weights replace the old ones in place. Push the older policy instead."
         )
@@ -135,9 +131,7 @@ class LoadApplier:
         self.undo()
 
 
-def _refuse_narrowing(
-    plan: LoadPlan, manifest: list[tuple[str, torch.dtype, tuple[int, ...]]], dtype: torch.dtype
-) -> None:
+def _refuse_narrowing(plan: LoadPlan, manifest: Sequence[ManifestEntry], dtype: torch.dtype) -> None:
     """A tensor in a wider dtype than the engine's would be rounded a second time, without a word.
 
     What vLLM keeps narrower than the engine's ``dtype`` it rounds itself, of a checkpoint too.

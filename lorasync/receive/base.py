@@ -12,13 +12,12 @@ from safetensors import safe_open
 
 from lorasync.errors import Mismatch, MismatchError, SyncError
 from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
-from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from lorasync.receive.live import LiveModel
-    from lorasync.receive.plan import ManifestEntry, Row
+    from lorasync.receive.windows import Row
 
 
 class Bases(Protocol):
@@ -91,10 +90,6 @@ class CopiedBases:
         """A whole tensor as the checkpoint has it, kept or read."""
         return self._whole[name] if name in self._whole else self._checkpoint.stored(name)
 
-    def nbytes(self) -> int:
-        """Bytes that the copies take."""
-        return sum(t.numel() * t.element_size() for t in [*self._rectangles.values(), *self._whole.values()])
-
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = self.device.type == "cpu" and tensor.is_cuda
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device, pin_memory=pinned)
@@ -143,14 +138,6 @@ class CheckpointBases:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
 
-    def manifest(self) -> list[ManifestEntry]:
-        """Names, dtypes and shapes of the whole checkpoint, from the headers alone."""
-        found: list[ManifestEntry] = []
-        for path in sorted(set(self._files().values())):
-            with safe_open(path, "pt") as opened:
-                found += [(n, self._dtype, tuple(opened.get_slice(n).get_shape())) for n in opened.keys()]  # noqa: SIM118
-        return found
-
     def _files(self) -> dict[str, Path]:
         if self._found is None:
             with ExitStack() as stack:
@@ -181,10 +168,6 @@ class PackedBases:
 
     def whole(self, name: str) -> torch.Tensor:
         return self._packed[name].dequantize()
-
-    def nbytes(self) -> int:
-        """Bytes that the packed weights and their scales take."""
-        return sum(t.numel() * t.element_size() for base in self._packed.values() for _, t in base.tensors())
 
 
 def _packed_bases(
@@ -273,15 +256,3 @@ def _safetensors_of(model: str, revision: str | None) -> list[Path]:
             "an engine that has taken no push yet."
         )
     return files
-
-
-__all__ = [
-    "Bases",
-    "CheckpointBases",
-    "CopiedBases",
-    "MixedBases",
-    "PackedBases",
-    "Rectangle",
-    "dtype_name",
-    "is_rectangle",
-]

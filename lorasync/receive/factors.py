@@ -15,31 +15,27 @@ from lorasync.kernels import Base, GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta, merge_low_rank, replace_rows
 from lorasync.receive.base import (
     Bases,
-    CheckpointBases,
     CopiedBases,
     MixedBases,
     PackedBases,
     Rectangle,
     is_rectangle,
 )
+from lorasync.receive.described import Described
 from lorasync.receive.edits import edits_by_weight, refuse_not_mergeable
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.identity import check_base, differences
-from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import ManifestEntry, Row, check_complete, record_plan
+from lorasync.receive.plan import ManifestEntry, Row, check_complete
 from lorasync.receive.restore import Restore, fed_by, loads
-from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.streamed import StreamedMerges, buffer_for
-from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSpec
-from lorasync.wire import Control, manifest_from_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from lorasync.receive.engine import WorkerEngine
+    from lorasync.receive.served import ServedModel
 
 Factors = Mapping[str, torch.Tensor]
 LOAD_BYTES = 32 << 20
@@ -51,25 +47,23 @@ class FactorApplier:
 
     changes_weights = True
 
-    def __init__(self, control: Control, engine: WorkerEngine, wanted: Mapping[str, Any]) -> None:
+    def __init__(
+        self, manifest: Sequence[ManifestEntry], served: ServedModel, wanted: Mapping[str, Any]
+    ) -> None:
         self._spec = parsed(FactorSpec.from_json, wanted, "spec")
         found = parsed(samples_from_json, wanted, "samples")
         self._samples = {name: sample for name, sample in found.items() if name not in self._spec.ties}
         self._kind = parsed(str, wanted, "base")
-        self._device = engine.device
-        self._dtype: torch.dtype = engine.model_config.dtype
+        self._device = served.device
+        self._dtype = served.dtype
         self._edits = edits_by_weight(self._spec)
         refuse_not_mergeable(self._spec)
-        self._staging = Staging(manifest_from_text(control.manifest), engine.device)
-        ranks = int(engine.vllm_config.parallel_config.tensor_parallel_size)
-        twin = build_twin(engine.vllm_config)
-        refuse_quantized(engine.vllm_config, twin, what="factors")
-        manifest = self._base_manifest()
-        may_ignore = may_be_ignored([name for name, _, _ in manifest], self._edits)
-        plan = record_plan(twin, manifest, ranks=ranks, may_ignore=may_ignore)
-        self._live = LiveModel(engine.model, engine.model_config, plan)
+        self._staging = Staging(manifest, served.device)
+        base = self._base_manifest()
+        may_ignore = may_be_ignored([name for name, _, _ in base], self._edits)
+        self._live = served.live(served.plan_for(base, what="factors", may_ignore=may_ignore))
         self._live.check_writable()
-        self._checkpoint = CheckpointBases(engine.model_config, self._dtype)
+        self._checkpoint = served.checkpoint
         self._touched = sorted(self._edits)
         self._packed_parts: dict[str, torch.Tensor] = {}
         self._served: dict[str, torch.Tensor] | None = None
@@ -78,30 +72,27 @@ class FactorApplier:
         self._active: Factors = {}  # those that are being merged
         # By the identity of the factors, which are kept with it: their memory is used again.
         self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
-        self._check_dora(ranks)
-        self._changed = engine.changed  # the engine's own set: it outlives this connection
+        self._check_dora(served.ranks)
+        self._changed = served.changed  # the worker's own set: it outlives this connection
         self._foreign = self._found_changed()
-        self._bases: Bases = self._find_bases(engine)
+        self._bases: Bases = self._find_bases(served)
         self._plan_rows()
 
     # ----------------------------------------------------------------------------------- the four verbs
 
-    def describe(self) -> dict[str, Any]:
-        notes = ignored_notes(self._live.plan)
-        return {"touched": len(self._touched), "needs_base": self._kind == "nf4", "notes": notes}
+    def describe(self) -> Described:
+        return Described(notes=tuple(ignored_notes(self._live.plan)))
 
-    def receive(self, tensors: Factors) -> dict[str, Any]:
+    def receive(self, tensors: Factors) -> None:
         self._staging.add(tensors)
-        return {"received": len(self._staging.received)}
 
-    def receive_base(self, tensors: Factors) -> dict[str, Any]:
+    def receive_base(self, tensors: Factors) -> None:
         """Take a bucket of the trainer's packed base."""
         self._packed_parts.update(
             {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
         )
-        return {"received": len(self._packed_parts)}
 
-    def commit(self, version: int, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
+    def commit(self, version: int, in_flight: Collection[int]) -> None:  # noqa: ARG002
         staged = self._staging.take(version)
         self._complete_base()
         try:
@@ -119,9 +110,8 @@ class FactorApplier:
             self._staging.give_back(self._previous)
         self._previous, self._served = self._served, staged
         self._changed.intersection_update(self._own)
-        return {}
 
-    def rollback(self, in_flight: Collection[int]) -> dict[str, Any]:  # noqa: ARG002
+    def rollback(self, in_flight: Collection[int]) -> None:  # noqa: ARG002
         if self._previous is None:
             raise SyncError("rollback: there is no version before this one on this connection.")
         try:
@@ -133,7 +123,6 @@ class FactorApplier:
                 self._torn = False
             raise
         self._served, self._previous = self._previous, self._served  # asked again, it goes forward
-        return {}
 
     def undo(self) -> bool:
         self._staging.drop()
@@ -174,7 +163,7 @@ class FactorApplier:
     def _fed_only(self, name: str, params: Collection[str]) -> bool:
         return all(row.param in params for row in self._live.plan.rows_of(name))
 
-    def _find_bases(self, engine: WorkerEngine) -> Bases:
+    def _find_bases(self, served: ServedModel) -> Bases:
         """Where the base comes from, once every weight of it was compared with the trainer's."""
         samples = self._samples
         if self._kind == "nf4":
@@ -182,7 +171,7 @@ class FactorApplier:
             samples = {n: s for n, s in samples.items() if s.base == "plain"}
         copies = None
         if self._kind not in ("nf4", "checkpoint"):
-            copies = engine.copies_of_base(self._kind, self._checkpoint)
+            copies = served.copies(self._kind)
         restored = self._restore().names
         written = self._edits.keys() | restored
 

@@ -1,16 +1,97 @@
-"""What an engine serves besides plain weights: refused by name, or said in the handshake."""
+"""What one vLLM worker serves: its model, the load plans for it, and its base."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive.base import has_checkpoint
+from lorasync.receive.base import CheckpointBases, CopiedBases, has_checkpoint
+from lorasync.receive.live import LiveModel
+from lorasync.receive.plan import LoadPlan, ManifestEntry, record_plan
+from lorasync.receive.twin import build_twin
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     import torch
 
 _WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+"""Ways of speculative decoding whose drafter has no weights."""
+
+
+class ServedModel:
+    """The model of one vLLM worker, and what the worker knows of it. It outlives every connection.
+
+    Args:
+        config: vLLM's `VllmConfig`.
+        model: The model that the worker serves.
+        device: Where the weights of the model are.
+    """
+
+    def __init__(self, config: Any, model: torch.nn.Module, device: torch.device) -> None:
+        self.config = config
+        self.model = model
+        self.device = device
+        self.changed: set[str] = changed_at_start(config, model)
+        """Parameters that are, or may be, something else than the checkpoint's."""
+        self._copies: dict[str, CopiedBases] = {}
+
+    @property
+    def model_config(self) -> Any:
+        return self.config.model_config
+
+    @property
+    def lora(self) -> Any:
+        """VLLM's `LoRAConfig`; ``None`` where the engine was started without LoRA slots."""
+        return self.config.lora_config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are served in."""
+        dtype: torch.dtype = self.model_config.dtype
+        return dtype
+
+    @property
+    def ranks(self) -> int:
+        """How many tensor-parallel ranks share each weight."""
+        return int(self.config.parallel_config.tensor_parallel_size)
+
+    @cached_property
+    def checkpoint(self) -> CheckpointBases:
+        """The checkpoint that the engine was started from."""
+        return CheckpointBases(self.model_config, self.dtype)
+
+    def copies(self, kind: str) -> CopiedBases:
+        """Return the worker's copies of the pristine base: on its device (``"device"``), or else in host memory."""
+        if kind not in self._copies:
+            self._copies[kind] = CopiedBases(self.device if kind == "device" else "cpu", self.checkpoint)
+        return self._copies[kind]
+
+    def twin(self) -> torch.nn.Module:
+        """Build the model once more, on the meta device."""
+        return build_twin(self.config)
+
+    def plan_for(
+        self, manifest: Sequence[ManifestEntry], *, what: str, may_ignore: Collection[str] = ()
+    ) -> LoadPlan:
+        """Plan how vLLM's loader puts these checkpoint tensors into the model.
+
+        Args:
+            manifest: Names, dtypes and shapes of the tensors.
+            what: What the tensors are, for the refusal of an engine that serves quantized weights.
+            may_ignore: Names that the engine may take nothing of.
+
+        Raises:
+            MismatchError: The engine serves quantized weights, or the tensors do not fit the model.
+        """
+        twin = self.twin()
+        refuse_quantized(self.config, twin, what=what)
+        return record_plan(twin, manifest, ranks=self.ranks, may_ignore=may_ignore)
+
+    def live(self, plan: LoadPlan) -> LiveModel:
+        """Return the served model, as a push that follows ``plan`` writes to it."""
+        return LiveModel(self.model, self.model_config, plan)
 
 
 def quantization_of(vllm_config: Any) -> str:

@@ -103,11 +103,20 @@ def peft_helper(config: Mapping[str, Any], lora_config: Any) -> Any:
     return helper
 
 
-def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, engine: Any) -> Any:
-    """An adapter of the worker's LoRA manager, from tensors."""
+def lora_model(
+    number: int, tensors: Mapping[str, torch.Tensor], helper: Any, *, model: torch.nn.Module, config: Any
+) -> Any:
+    """Make an adapter for the worker's LoRA manager from tensors.
+
+    Args:
+        number: The id of the adapter.
+        tensors: The factors, in PEFT's names.
+        helper: From `peft_helper`.
+        model: The served model.
+        config: vLLM's `VllmConfig`.
+    """
     from vllm.lora.lora_model import LoRAModel
 
-    lora_config = engine.vllm_config.lora_config
     given = dict(tensors)
     if helper.vllm_lora_scaling_factor != 1:  # vLLM scales B where it lies
         given |= {n: _copied(t) for n, t in given.items() if ".lora_B." in n or ".lora_embedding_B" in n}
@@ -116,9 +125,9 @@ def lora_model(number: int, tensors: Mapping[str, torch.Tensor], helper: Any, en
         given,
         helper,
         device="cpu",
-        dtype=lora_config.lora_dtype,
-        model_vocab_size=engine.model_config.get_vocab_size(),
-        weights_mapper=_rename_mapper(engine.model),
+        dtype=config.lora_config.lora_dtype,
+        model_vocab_size=config.model_config.get_vocab_size(),
+        weights_mapper=_rename_mapper(model),
     )
     built.is_3d_lora_weight = False  # vLLM stamps it when it loads from disk
     built.pushed_by_lorasync = True

@@ -74,7 +74,7 @@ _TWIN = [
     _fact("twin.py", f"{RELOAD}.meta:to_meta_tensor", PUSHES, takes(1)),
     _fact("twin.py", f"{LAYERS}.rotary_embedding:_ROPE_DICT", PUSHES),
     _fact("twin.py", f"{LAYERS}.quantization.base_config:QuantizeMethodBase.uses_meta_device", PUSHES),
-    _fact("apply.py", "vllm.config.parallel:ParallelConfig.tensor_parallel_size", PUSHES),
+    _fact("served.py", "vllm.config.parallel:ParallelConfig.tensor_parallel_size", PUSHES),
     _fact("base.py", "vllm.config.model:ModelConfig.model", PUSHES),
     _fact("base.py", "vllm.config.model:ModelConfig.revision", PUSHES),
     _fact("served.py", f"{CONFIG}:VllmConfig.quant_config", PUSHES),
@@ -147,7 +147,7 @@ _LORA = [
     _fact("adapter.py", f"{MANAGER}.remove_adapter", (ADAPTER,), takes(1)),
     _fact("adapter.py", "vllm.config.lora:LoRAConfig.max_lora_rank", (ADAPTER,)),
     _fact("adapter.py", "vllm.config.lora:LoRAConfig.lora_dtype", (ADAPTER,)),
-    _fact("adapter.py", f"{CONFIG}:VllmConfig.lora_config", (ADAPTER,)),
+    _fact("served.py", f"{CONFIG}:VllmConfig.lora_config", (ADAPTER,)),
     _fact("adapter.py", f"{WORKER}.finish_weight_update", (), says("reset_lora_state"), "drops adapters (so a commit comes after it)", since="0.28", instead="they stay; a commit comes after it either way"),
 ]  # fmt: skip
 

@@ -39,9 +39,9 @@ ROOTS = {
     "lorasync/verify.py": {"llm", "o"},
     "lorasync/layout.py": {"parallel"},
     "lorasync/receive/vllm_parts.py": {"manager", "helper", "mapper", "built", "layerwise"},
-    "lorasync/receive/adapter.py": {"self._manager", "self._helper"},
+    "lorasync/receive/adapter.py": {"self._manager", "self._helper", "served.lora"},
     "lorasync/receive/twin.py": {"config"},
-    "lorasync/receive/served.py": {"config"},
+    "lorasync/receive/served.py": {"config", "self.config"},
     "lorasync/receive/reload.py": {"method", "info", "layerwise", "meta", "sanitize"},
 }
 """Names that stand for vLLM's objects in one file."""

@@ -21,8 +21,6 @@ from tests.stub_engine import StubLLM
 pytestmark = pytest.mark.timeout(300)
 APPLIES = {"merged": None, "factors": MergeInWorker(base="checkpoint"), "adapter": ServeAdapter("policy")}
 COMMON = {"ok", "version", "closed", "world_size", "seconds"}
-OF_AN_APPLIER = {"notes", "tensors", "direct", "params", "modules", "touched", "needs_base", "adapter_id"}
-"""What an applier adds that the stub's appliers don't have; nobody relies on it but `notes`."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ class Told:
                 for name in ("ok", "version", "closed", "world_size", "ours", "held")
                 if name in reply
             }
-            self.lines.append((op, rank, sorted(reply.keys() - OF_AN_APPLIER), certain))
+            self.lines.append((op, rank, sorted(reply), certain))
 
     def push(self, version: int, *, beside: bool, digest: str = "") -> None:
         if not beside:
