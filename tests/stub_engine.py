@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from lorasync.errors import SyncError
+from lorasync.receive.conversation import Conversation
 from lorasync.receive.described import Described
 from lorasync.receive.engine import WorkerEngine
-from lorasync.wire import ADAPTER_IDS, Control, Update
+from lorasync.wire import ADAPTER_IDS, Hello
 
 
 class Slots:
@@ -25,6 +26,7 @@ class Slots:
 
     def __init__(self, worker: StubWorker, *, adapter: bool) -> None:
         self.worker, self.adapter, self.changes_weights = worker, adapter, not adapter
+        self.takes_merges = False
         self.staged: dict[str, torch.Tensor] = {}
         self.current = worker.version if worker.version in worker.held else -1
         self.previous = -1
@@ -74,7 +76,7 @@ class Slots:
 class Weights:
     """An applier of merged weights: what comes is live at once."""
 
-    changes_weights = True
+    changes_weights = takes_merges = True
 
     def __init__(self, worker: StubWorker) -> None:
         self.worker, self.touched = worker, False
@@ -119,10 +121,31 @@ class StubWorker(WorkerEngine):
             lora_config=SimpleNamespace(lora_dtype=llm.dtype),
         )
         super().__init__(None, config, torch.device("cpu"), torch.nn.Linear(1, 1))
+        self.conversation = StubConversation(self)
 
-    def _applier_for(self, control: Control) -> Any:
-        kind = json.loads(control.apply)["kind"]
-        return Weights(self) if kind == "load" else Slots(self, adapter=kind == "adapter")
+    @property
+    def version(self) -> int:
+        return self.conversation.version
+
+    @property
+    def closed(self) -> str:
+        return self.conversation.closed
+
+
+class StubConversation(Conversation):
+    """The product's own, but for the applier."""
+
+    def __init__(self, worker: StubWorker) -> None:
+        super().__init__(worker.served)
+        self.worker = worker
+
+    def _applier_for(self, hello: Hello) -> Any:
+        kind = json.loads(hello.strategy)["kind"]
+        return Weights(self.worker) if kind == "load" else Slots(self.worker, adapter=kind == "adapter")
+
+
+class StubCore:
+    """Stands for vLLM's client of an engine core."""
 
 
 class StubLLM:
@@ -149,7 +172,6 @@ class StubLLM:
         self.calls: list[str] = []
         self.versions: list[str] = []
         self.in_flight: dict[str, Any] = {}
-        self.updating = False
         self._serial = threading.Lock()  # one thing at a time, as in vLLM's engine core
         parallel = {"world_size": workers, **parallel}
         self.workers = [StubWorker(self, rank, parallel) for rank in range(workers)]
@@ -157,36 +179,19 @@ class StubLLM:
         config = SimpleNamespace(backend="lorasync")
         parallel_config = SimpleNamespace(**parallel)
         self.vllm_config = SimpleNamespace(parallel_config=parallel_config, weight_transfer_config=config)
-        self.engine_core = SimpleNamespace()
+        self.engine_core = StubCore()
         self.output_processor = self
 
     # vLLM's own
 
-    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
-        info = request["init_info"]
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        assert method == "weight_transfer_engine"
+        message, payload = json.loads(json.dumps(args[0])), args[1]  # JSON-safe, as some routes want it
         with self._serial:
-            self.happens(info["op"])
-            self._every(lambda worker: worker.init_transfer_engine(worker.parse_init_info(info)))
-
-    def start_weight_update(self) -> None:
-        with self._serial:
-            self.happens("start")
-            if self.updating:
-                raise RuntimeError("start_weight_update called while a weight update is already active.")
-            self.updating = True
-
-    def update_weights(self, request: dict[str, Any]) -> None:
-        with self._serial:
-            self.happens("update")
-            if not self.updating:
-                raise RuntimeError("start_weight_update must be called before update_weights.")
-            info = request["update_info"]
-            self._every(lambda worker: worker.receive_weights(worker.parse_update_info(info)))
-
-    def finish_weight_update(self) -> None:
-        with self._serial:
-            self.happens("finish")
-            self.updating = False
+            self.happens(message["op"])
+            return [worker(message, payload) for worker in self.workers]
 
     def reset_prefix_cache(self) -> bool:
         with self._serial:
@@ -229,28 +234,17 @@ class StubLLM:
         self.calls.append(point)
         return self.on[point]() if point in self.on else None
 
-    def _every(self, call: Callable[[StubWorker], None]) -> None:
-        for worker in self.workers:
-            call(worker)
-
 
 class Client:
-    """VLLM's weight-sync calls on an engine elsewhere, as a user writes them."""
+    """An engine elsewhere, as a user's own object reaches it."""
 
     def __init__(self, llm: StubLLM) -> None:
         self.llm = llm
 
-    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": info})
-
-    def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
-
-    def update_weights(self, info: dict[str, Any]) -> None:
-        self.llm.update_weights({"update_info": info})
-
-    def finish_weight_update(self) -> None:
-        self.llm.finish_weight_update()
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        return self.llm.collective_rpc(method, timeout, args, kwargs)
 
     def reset_prefix_cache(self) -> None:
         self.llm.reset_prefix_cache()
@@ -263,4 +257,4 @@ def raising(error: BaseException) -> Callable[[], Any]:
     return happens
 
 
-__all__ = ["Client", "StubLLM", "StubWorker", "Update", "raising"]
+__all__ = ["Client", "StubLLM", "StubWorker", "raising"]

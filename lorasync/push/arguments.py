@@ -11,8 +11,8 @@ from lorasync.errors import Mismatch, MismatchError
 from lorasync.push.issued import OnGone
 from lorasync.push.strategies import MergeInWorker, ServeAdapter
 from lorasync.source import MergedSource
-from lorasync.targets.base import WEIGHT_SYNC_CALLS, Pause
-from lorasync.targets.kinds import is_engine_here
+from lorasync.targets.base import Pause
+from lorasync.targets.kinds import is_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,25 +48,6 @@ def check_arguments(
         raise MismatchError("connect() can't work with these arguments; nothing was touched.", wrong)
 
 
-def refuse_engines_of_other_ranks(target: Any, rank: int) -> None:
-    """Only rank 0 pushes: an engine in another rank's process would go on with what it serves, without a word.
-
-    Raises:
-        MismatchError: naming the rank, and what works today.
-    """
-    engines = [engine for engine in _each(target) if is_engine_here(engine)]
-    if rank and engines:
-        got = f"{type(engines[0]).__name__}, an engine of this rank's own process"
-        fix = (
-            "One engine, or several in a list, belong to rank 0, each with as many tensor_parallel_size workers of its own "
-            "as it needs (not external_launcher); the other ranks call connect(source, None) and take part."
-        )
-        raise MismatchError(
-            "A push reaches the engines of trainer rank 0 only; nothing was touched.",
-            [Mismatch(f"target of trainer rank {rank}", got, "None", fix)],
-        )
-
-
 def _each(target: Any) -> Iterable[Any]:
     if isinstance(target, dict):
         return list(target.values())
@@ -89,11 +70,7 @@ def _wrong_source(source: Any, target: Any) -> Iterator[Mismatch]:
 
 
 def _is_source(found: Any) -> bool:
-    return callable(getattr(found, "metadata", None)) and hasattr(found, "__iter__") and not _is_engine(found)
-
-
-def _is_engine(found: Any) -> bool:
-    return is_engine_here(found) or all(hasattr(found, call) for call in WEIGHT_SYNC_CALLS)
+    return callable(getattr(found, "metadata", None)) and hasattr(found, "__iter__") and not is_engine(found)
 
 
 def _wrong_apply(apply: Any) -> Iterator[Mismatch]:

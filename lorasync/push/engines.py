@@ -1,4 +1,4 @@
-"""The engines of one connection, asked side by side; what one refuses, none of them serves."""
+"""The engines of one connection in one trainer rank, asked side by side; what one refuses, none of them serves."""
 
 from __future__ import annotations
 
@@ -7,59 +7,44 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
-from lorasync.push.payload import Payload
+from lorasync.errors import LorasyncError, MismatchError, SyncError
+from lorasync.push.flight import Flight
 from lorasync.push.session import EngineSession
 from lorasync.targets.kinds import target_of
-from lorasync.transport.cuda_ipc import Lender
+from lorasync.transport import cuda_ipc, in_process
+from lorasync.transport.post import Post
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
-    from typing import Literal
 
-    from lorasync.lent import Bucket
     from lorasync.targets.base import Pause
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-def named_targets(target: object) -> dict[str, object]:
-    """One engine, or several: a list (then called ``engine 0``, ``engine 1``, …) or a dict with names.
-
-    Raises:
-        MismatchError: if there are none, or one engine or one name is there twice.
-    """
-    if isinstance(target, dict):
-        pairs = [(str(name), engine) for name, engine in target.items()]
-    elif isinstance(target, list | tuple | set | frozenset):
-        pairs = [(f"engine {i}", engine) for i, engine in enumerate(target)]
-    else:
-        pairs = [("engine", target)]
-    names, engines = {name for name, _ in pairs}, {id(engine) for _, engine in pairs}
-    if not pairs or len(names) < len(pairs) or len(engines) < len(pairs):
-        got = ", ".join(name for name, _ in pairs) or "none"
-        fix = "Pass the engines in a list or dict."
-        raise MismatchError(
-            "connect() needs engines.", [Mismatch("target", got, "at least one engine, each once", fix)]
-        )
-    return dict(pairs)
-
-
-class Replicas:
-    """Any number of sessions, as one."""
+class Engines:
+    """Any number of sessions, as one; none in a trainer rank that has no engine to push to."""
 
     def __init__(
-        self, targets: Mapping[str, object], *, timeout: float, pause: Pause, changes_weights: bool
+        self,
+        targets: Mapping[str, object],
+        *,
+        timeout: float,
+        pause: Pause,
+        changes_weights: bool,
+        names_each: bool = False,
     ) -> None:
         checked = {}
         for name, engine in targets.items():
-            with _naming(name if len(targets) > 1 else ""):
+            with _naming(name if names_each else ""):
                 checked[name] = target_of(engine, timeout=timeout, pause=pause)
                 checked[name].check_able(changes_weights=changes_weights)
         self._changes_weights = changes_weights
-        self._lender = Lender()
+        self.post = Post()
         self.sessions = [EngineSession(target, name=n) for n, target in checked.items()]
+        self._names_each = names_each
+        self._before: dict[str, int] = {}  # what each served before the commit that is under way
 
     def begin(self) -> None:
         """Another verb of the user's: each engine is waited for anew."""
@@ -88,8 +73,9 @@ class Replicas:
     @property
     def notes(self) -> tuple[str, ...]:
         """What their workers had to say in the handshake."""
-        one = len(self.sessions) == 1
-        return tuple(note if one else f"{s.name}: {note}" for s in self.sessions for note in s.notes)
+        return tuple(
+            note if not self._names_each else f"{s.name}: {note}" for s in self.sessions for note in s.notes
+        )
 
     def in_flight(self) -> set[int]:
         """The versions of our adapter that unfinished requests name, on any engine."""
@@ -107,34 +93,37 @@ class Replicas:
     @property
     def hold_adapter(self) -> bool:
         """Whether requests can name one version of an adapter on all of them."""
-        return all(s.holds_adapter and s.version == self.version for s in self.sessions)
+        return all(s.holds_adapter for s in self.sessions)
 
     @property
     def version(self) -> int:
         """The newest that any of them serves."""
-        return max(session.version for session in self.sessions)
+        return max((session.version for session in self.sessions), default=0)
 
     @property
     def in_process(self) -> bool:
-        """Whether all of them are in this process."""
-        return all(session.target.in_process for session in self.sessions)
+        """Whether any of them is in this process."""
+        return any(session.target.in_process for session in self.sessions)
 
-    def on_gpu(self, gpu: str) -> bool:
-        """Whether all of them are in this process or on this GPU."""
-        return all(s.target.in_process or (bool(gpu) and s.gpu == gpu) for s in self.sessions)
+    def read_in_place(self, gpu: str) -> bool:
+        """Whether all of them read tensors where they lie: in this process, or on this GPU by CUDA IPC."""
+        reads = {in_process.NAME} | ({cuda_ipc.NAME} if gpu else set())
+        return bool(self.sessions) and all(
+            s.ways[0] in reads and (s.ways[0] == in_process.NAME or s.gpu == gpu) for s in self.sessions
+        )
 
     @property
     def generates_meanwhile(self) -> bool:
         return any(session.target.generates_meanwhile for session in self.sessions)
 
-    def hello(self, apply: str, manifest: str) -> None:
+    def hello(self, strategy: str, manifest: str) -> None:
         """All of them shake hands, or the connection is given up.
 
         Raises:
             LorasyncError: the first refusal, naming the engine.
         """
         try:
-            self.each(lambda session: session.hello(apply, manifest))
+            self.each(lambda session: session.hello(strategy, manifest, self.post))
             self.each(self._check_able)
         except BaseException:
             self.goodbye()
@@ -143,21 +132,14 @@ class Replicas:
     def _check_able(self, session: EngineSession) -> None:
         session.target.check_able(changes_weights=self._changes_weights, multimodal=session.multimodal)
 
-    def send(
-        self,
-        bucket: Bucket,
-        version: int,
-        *,
-        op: Literal["bucket", "base"] = "bucket",
-        beside: bool,
-    ) -> tuple[str, float]:
-        """One bucket to all of them; its digest (empty inside one process), and the slowest worker's seconds."""
-        if not beside and len(self.sessions) > 1:
-            # Or one that another trainer has taken over would leave the others torn.
+    def check_ours(self) -> None:
+        """Before live weights change: one that another trainer has taken over would leave the others torn."""
+        if self._names_each:  # or its refusal of the first bucket leaves nothing torn
             self.each(lambda session: session.check_ours())
-        with Payload(bucket, self.sessions, self._lender) as payload:
-            seconds = self.each(lambda session: session.send(payload, version, op=op, beside=beside))
-            return payload.digest, max(seconds)
+
+    def flight(self) -> Flight:
+        """The buckets of one push, on their way."""
+        return Flight(self)
 
     def commit(self, version: int, keep: Collection[int] = ()) -> float:
         """All of them serve the version, or none does; the slowest worker's seconds.
@@ -165,7 +147,9 @@ class Replicas:
         Raises:
             LorasyncError: the first refusal. Engines that had taken the version went back, or are closed.
         """
-        return max(self._all_or_none(version, lambda session: session.commit(version, keep), keep))
+        return max(
+            self._all_or_none(version, lambda session: session.commit(version, keep), keep), default=0.0
+        )
 
     def rollback(self, version: int, keep: Collection[int] = ()) -> None:
         """All of them go back to the version, or none does.
@@ -176,6 +160,13 @@ class Replicas:
         """
         self._all_or_none(version, lambda session: session.rollback(version, keep), keep)
 
+    def take_back(self, version: int, keep: Collection[int] = ()) -> None:
+        """An engine of another trainer rank has refused the version that these have taken: they go back, or are closed."""
+        for session in self.sessions:
+            before = self._before.get(session.name, session.version)
+            if session.version == version != before:
+                _return_to(before, session, version, {*keep, before})
+
     def take_on(self, version: int) -> None:
         """After weights have changed: what was cached of others goes."""
         self.each(lambda session: session.take_on(version))
@@ -183,39 +174,44 @@ class Replicas:
     def _all_or_none(
         self, version: int, call: Callable[[EngineSession], T], keep: Collection[int]
     ) -> list[T]:
-        before = {session.name: session.version for session in self.sessions}
+        before = self._before = {session.name: session.version for session in self.sessions}
         outcomes = self._outcomes(call)
         failed = {n: e for n, e in outcomes.items() if isinstance(e, BaseException)}
         if not failed:
             return list(outcomes.values())
         for session in self.sessions:
             if session.name in failed:
-                session.undo_commit(version, failed[session.name])
+                session.abort(version, failed[session.name])
             if session.version != before[session.name]:
                 _return_to(before[session.name], session, version, {*keep, before[session.name]})
         name = next(iter(failed))
         raise self._named(name, failed[name])
 
-    def abort(self, version: int, error: BaseException, *, beside: bool) -> None:
-        self.each(lambda session: session.abort(version, error, beside=beside))
+    def abort(self, version: int, error: BaseException) -> None:
+        """All of them give the update up."""
+        self.each(lambda session: session.abort(version, error))
+        self.post.release()
 
     def goodbye(self) -> None:
         """Best effort: an engine that can't be told finds out at its next handshake."""
         for session in self.sessions:
             _say_goodbye(session)
+        self.post.close()
 
     def leave_out(self, name: str, keep: Collection[int] = ()) -> None:
         """Go on without an engine; it keeps these versions of an adapter.
 
         Raises:
-            SyncError: if there is none of that name, or it is the last one.
+            SyncError: if it is one of several parts of an engine that is spread over trainer ranks.
         """
-        names = [session.name for session in self.sessions]
-        if name not in names or len(names) == 1:
-            raise SyncError(
-                f"leave_out: got {name!r}, expected one of {', '.join(names)}, and another one to stay."
-            )
-        _say_goodbye(self.sessions.pop(names.index(name)), keep)
+        for session in [session for session in self.sessions if session.name == name]:
+            if session.target.spread:
+                raise SyncError(
+                    f"leave_out: got {name!r}, a part of an engine that is spread over trainer ranks, expected a whole "
+                    "engine."
+                )
+            self.sessions.remove(session)
+            _say_goodbye(session, keep)
 
     def each(self, call: Callable[[EngineSession], T]) -> list[T]:
         """Call for every engine, side by side where they are other processes.
@@ -236,7 +232,7 @@ class Replicas:
             except BaseException as error:
                 return error
 
-        if len(self.sessions) == 1:
+        if len(self.sessions) <= 1:
             return {session.name: outcome(session) for session in self.sessions}
         here = [s for s in self.sessions if s.target.in_process]
         there = [s for s in self.sessions if s not in here]
@@ -248,7 +244,7 @@ class Replicas:
 
     def _named(self, name: str, error: Any) -> BaseException:
         assert isinstance(error, BaseException)
-        return error if len(self.sessions) == 1 else _naming_engine(name, error)
+        return _naming_engine(name, error) if self._names_each else error
 
 
 @contextlib.contextmanager

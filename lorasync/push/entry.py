@@ -28,13 +28,16 @@ def connect(
 ) -> Sync:
     """Shake hands with one or more live engines and check that everything fits, before the first weight is sent.
 
-    Every trainer rank calls it; rank 0 talks to the engine, the others pass ``None`` as the target.
+    Every trainer rank calls it. A rank passes the engine of its own process (an `LLM` or an `AsyncLLM`), or ``None`` if it
+    has none; engines that are reached from outside are talked to by rank 0, whoever else passes them. All engines of all
+    ranks take a push, or none does.
 
     Args:
         source: what travels; a `MergedSource`, or a `FactorSource` with an ``apply``.
-        target: a `vllm.LLM` or an `AsyncLLM` started with ``weight_transfer_config={"backend": "lorasync"}``, or any
-            object with vLLM's four weight-sync calls. With an `AsyncLLM` call from another thread than its loop's.
-            Several engines (replicas) in a list, or in a dict with names for errors to use: all take a push, or none.
+        target: a `vllm.LLM` or an `AsyncLLM` started with ``weight_transfer_config={"backend": "lorasync"}`` (or given to
+            `attach`), or any object with vLLM's ``collective_rpc``. With an `AsyncLLM` call from another thread than its
+            loop's. Several engines (replicas) in a list, or in a dict with names for errors to use. An engine that is
+            spread over trainer ranks (``external_launcher``) is passed by each of them, as the `LLM` of that rank.
         apply: what the workers do with factors: `ServeAdapter` or `MergeInWorker`.
         pause: what happens to requests in flight on an `AsyncLLM` while weights change: ``"keep"`` them and go on
             after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
@@ -51,7 +54,7 @@ def connect(
         EngineNotReadyError: if the engine was started without the backend (the message shows the flag), or its workers
             can't answer.
         MismatchError: with every argument that can't be meant, every name, shape and dtype that does not fit the served
-            model, an engine in the process of another rank than 0, or a layout of which a push would reach a part only.
+            model, or a layout of which a push would reach a part only.
         SyncTimeoutError: if the engine does not answer.
 
     Example:

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.push.strategies import ServeAdapter, apply_message
+from lorasync.push.strategies import ServeAdapter, is_factor_source
 from lorasync.push.trainer_ranks import largest_of_all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.push.strategies import Apply
+    from lorasync.push.strategies import Strategy
 
 _PARTS = ("modules", "biases", "rows", "saved")
 _SHOWN = 8
@@ -24,12 +24,12 @@ class Handshake:
 
     Args:
         source: what travels.
-        apply: what the workers do with it.
-        message: what `apply_message` made of them.
+        strategy: what the workers do with it.
+        message: what the strategy made of them.
     """
 
-    def __init__(self, source: Any, apply: Apply | None, message: str) -> None:
-        self._apply, self._message = apply, message
+    def __init__(self, source: Any, strategy: Strategy, message: str) -> None:
+        self._strategy, self._message = strategy, message
         self._scalings = scalings(source)
         self._state = _state(source)
 
@@ -42,13 +42,13 @@ class Handshake:
         Raises:
             MismatchError: naming what is different, of the factors or of the base.
         """
-        if self._apply is None:
+        if not self._strategy.stages_beside:
             return  # a merged push sends every weight as it is
         state = _state(source)
         if not largest_of_all_ranks(int(state is not None and state != self._state)):
             return  # or a source of the user's own, of which nothing but its names is known
         self.check_scalings(source)
-        before, now = json.loads(self._message), json.loads(apply_message(self._apply, source))
+        before, now = json.loads(self._message), json.loads(self._strategy.handshake(source))
         wrong = list(_of_the_spec(before, now)) + list(self._of_the_base(before, now))
         if wrong:
             raise MismatchError("The model is not what it was at connect(); nothing was sent.", _first(wrong))
@@ -72,7 +72,7 @@ class Handshake:
             raise MismatchError("The adapter's scaling has changed since connect(); nothing was sent.", wrong)
 
     def _of_the_base(self, before: dict[str, Any], now: dict[str, Any]) -> Iterator[Mismatch]:
-        if isinstance(self._apply, ServeAdapter) and self._apply.other_base:
+        if isinstance(self._strategy, ServeAdapter) and self._strategy.other_base:
             return  # they were never compared
         old, new = (json.loads(message.get("samples", "{}")) for message in (before, now))
         for name in sorted(old.keys() | new.keys()):
@@ -118,8 +118,4 @@ def _first(wrong: list[Mismatch]) -> list[Mismatch]:
 
 def scalings(source: Any) -> dict[str, float]:
     """Each module's scaling, where factors travel: the workers know it from the handshake, a push brings A and B only."""
-    from lorasync.source import FactorSource
-
-    if not isinstance(source, FactorSource):
-        return {}
-    return source.scalings()
+    return source.scalings() if is_factor_source(source) else {}

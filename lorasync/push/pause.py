@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.push.engines import Replicas
+    from lorasync.push.engines import Engines
 
 
 class Stop:
     """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
 
-    def __init__(self, engines: Replicas) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
         self._began: float | None = None
         self.seconds: float | None = None
@@ -34,7 +34,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stoppable(engines: Replicas) -> Iterator[Stop]:
+def stoppable(engines: Engines) -> Iterator[Stop]:
     """Whatever happens in the block, the engines that may generate do so after it."""
     stop = Stop(engines)
     try:

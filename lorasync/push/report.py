@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.lent import Bucket
+    from lorasync.push.flight import Flight
     from lorasync.verify import LogprobGap
 
 
@@ -29,10 +30,13 @@ class SyncReport:
         tensors: how many tensors travelled.
         bytes: their size, in bytes.
         seconds: wall time by stage: ``source`` (gather and merge on the trainer), ``wire`` (write, send, read),
-            ``apply`` (inside the slowest worker), ``total``.
+            ``apply`` (inside the slowest worker), ``total``. Stages may overlap.
         digest: xxh3-128 over what was sent, as each rank has found it in what it staged and in what it applied; empty
             where tensors were handed over inside one process.
-        ranks: how many workers confirmed, of all engines; 0 on a trainer rank that does not push.
+        transport: how the bytes travelled: ``"in_process"`` (handed over), ``"cuda_ipc"``, ``"shared_memory"`` or
+            ``"inline"`` (in the call itself); several, if buckets or engines differed. The cheapest that every worker of
+            an engine takes, as the handshake has found.
+        ranks: how many workers confirmed, of all engines that this trainer rank pushes to; 0 if it has none.
         delta_survival: how much of the update's norm is left after rounding to the served dtype, from 0 to 1;
             ``None`` where nothing is merged on this side.
         canary: how far the engine's answers lie from the trainer's after this push; ``None`` without a canary.
@@ -47,6 +51,7 @@ class SyncReport:
     bytes: int
     seconds: dict[str, float]
     digest: str = ""
+    transport: str = ""
     ranks: int = 0
     delta_survival: float | None = None
     canary: LogprobGap | None = None
@@ -76,20 +81,26 @@ class Totals:
         self.tensors = self.bytes = 0
         self.source = self.sending = self.apply = 0.0
         self.digests: list[str] = []
+        self.ways: tuple[str, ...] = ()
 
     def count(self, tensor: torch.Tensor) -> None:
         self.tensors += 1
         self.bytes += tensor.nbytes
 
-    def add(self, bucket: Bucket, bucket_digest: str, applying: float, sending: float) -> None:
+    def add(self, bucket: Bucket, sending: float) -> None:
+        """Count a bucket, and the seconds that it took to send it."""
         if isinstance(bucket, Lent):
             self.tensors += len(bucket.items)
             self.bytes += bucket.nbytes
         else:
             for tensor in bucket.values():
                 self.count(tensor)
-        self.digests.append(bucket_digest)
-        self.apply += applying
+        self.sending += sending
+
+    def sent(self, flight: Flight, sending: float) -> None:
+        """Take over what is known when all buckets have arrived."""
+        self.ways, self.digests = tuple(flight.ways), flight.digests
+        self.apply += flight.applying
         self.sending += sending
 
     def report(self, version: int, ranks: int, total: float, stall: float | None = None) -> SyncReport:
@@ -106,6 +117,7 @@ class Totals:
             bytes=self.bytes,
             seconds=seconds,
             digest=digest_of_parts(self.digests),
+            transport=", ".join(self.ways),
             ranks=ranks,
             stall_seconds=stall,
         )

@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from lorasync.lent import NOTHING
+from lorasync.push.buckets import buckets
 from lorasync.push.pause import stoppable
-from lorasync.push.payload import buckets
 from lorasync.push.report import SyncReport, Totals, timed
-from lorasync.push.strategies import (
-    Apply,
-    MergeInWorker,
-    ServeAdapter,
-    packed_base,
-    strategy_of,
-)
 from lorasync.push.trainer_ranks import agreed_by_all_ranks
 from lorasync.source import FactorSource, MergedSource
 from lorasync.transport.cuda_ipc import gpu_of
@@ -27,9 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lorasync.lent import Bucket, Lent
-    from lorasync.push.engines import Replicas
+    from lorasync.push.engines import Engines
     from lorasync.push.handshake import Handshake
     from lorasync.push.pause import Stop
+    from lorasync.push.strategies import Strategy
     from lorasync.push.versions import AdapterVersions
 
     Stream = Iterator[tuple[str, torch.Tensor]]
@@ -65,106 +59,128 @@ class Sender:
 
     handshake: Handshake
 
-    def __init__(self, apply: Apply | None, *, bucket_bytes: int) -> None:
-        self._apply = apply
+    def __init__(self, strategy: Strategy, *, bucket_bytes: int) -> None:
+        self._strategy = strategy
         self._bucket_bytes = bucket_bytes
         self._lent = NOTHING
 
     def push(
         self,
         source: Source,
-        engines: Replicas,
+        engines: Engines,
         version: int,
         versions: AdapterVersions | None,
         *,
         check: Callable[[], None],
         committing: Callable[[], None],
     ) -> SyncReport:
-        """Send what the source yields, and commit it as this version.
+        """Send what the source yields, and commit it as this version; every trainer rank calls it, also one without engines.
 
-        Trainer ranks take each of the three steps together: none reads its source if another can't, and no engine
-        commits unless all have read theirs to the end.
+        Trainer ranks take each of the steps together: none reads its source if another can't, no engine commits unless
+        all have read theirs to the end, and none keeps the version that another has refused.
 
         Args:
             source: what travels.
-            engines: who gets it.
+            engines: who gets it of this trainer rank; a rank that has none takes part in the source's collectives.
             version: its number.
             versions: those of the adapter, if it is one.
             check: refuses the push; on every rank before anything else.
             committing: told on every rank that the number is used from now on, whatever comes.
         """
         began = time.perf_counter()
-        totals = Totals(strategy_of(self._apply))
+        totals = Totals(self._strategy.report_name)
         engines.begin()
         with stoppable(engines) as stop:
             with agreed_by_all_ranks():
                 check()
                 engines.catch_up()
                 lent, stream = self._read(source, engines, totals)
-                if self._apply is None:
+                if not self._strategy.stages_beside:
+                    engines.check_ours()
                     stop.begin()  # merged weights are live as they come
-                    engines.each(lambda session: session.start())
             self._transfer(lent, stream, engines, version, totals, stop)
-            with agreed_by_all_ranks():
-                committing()
-                blocked = self._commit(engines, version, versions, totals)
-        if self._leaves_weights and engines.generates_meanwhile:
+            blocked = self._commit(engines, version, versions, totals, committing)
+        if not self._strategy.changes_weights and engines.generates_meanwhile:
             stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
     def _transfer(
-        self, lent: Lent, stream: Stream, engines: Replicas, version: int, totals: Totals, stop: Stop
+        self, lent: Lent, stream: Stream, engines: Engines, version: int, totals: Totals, stop: Stop
     ) -> None:
-        beside = self._apply is not None
         try:
             with agreed_by_all_ranks():
                 try:
                     self._send(lent, stream, engines, version, totals)
-                    if self._leaves_weights:
+                    if not self._strategy.changes_weights:
                         engines.each(lambda session: session.wait_for_room())
-                    if isinstance(self._apply, MergeInWorker):
+                    elif self._strategy.stages_beside:
                         stop.begin()  # factors were staged beside what is served until now
-                    if not beside:
-                        engines.each(lambda session: session.finish())
                 except BaseException:
                     for _ in stream:  # the other trainer ranks are in its collectives
                         pass
                     raise
         except BaseException as error:
-            engines.abort(version, error, beside=beside)
+            engines.abort(version, error)
             raise
 
-    def _send(self, lent: Lent, stream: Stream, engines: Replicas, version: int, totals: Totals) -> None:
-        beside = self._apply is not None
+    def _send(self, lent: Lent, stream: Stream, engines: Engines, version: int, totals: Totals) -> None:
+        if not engines.sessions:
+            for _, tensor in stream:
+                totals.count(tensor)
+            return
         first: list[Bucket] = [lent] if lent.items else []
-        for bucket in chain(first, buckets(stream, self._bucket_bytes)):
+        with engines.flight() as flight:
+            for bucket in chain(first, buckets(stream, self._limit)):
+                sending = time.perf_counter()
+                flight.send(bucket, version, beside=self._strategy.stages_beside)
+                totals.add(bucket, time.perf_counter() - sending)
             sending = time.perf_counter()
-            digest, applying = engines.send(bucket, version, beside=beside)
-            totals.add(bucket, digest, applying, time.perf_counter() - sending)
+            flight.wait()
+            totals.sent(flight, time.perf_counter() - sending)
+
+    @property
+    def _limit(self) -> int:
+        """Bytes of a bucket: two exist at a time, one that engines take and one that is made ready."""
+        return max(self._bucket_bytes // 2, 1)
 
     def _commit(
-        self, engines: Replicas, version: int, versions: AdapterVersions | None, totals: Totals
+        self,
+        engines: Engines,
+        version: int,
+        versions: AdapterVersions | None,
+        totals: Totals,
+        committing: Callable[[], None],
     ) -> float:
+        """Commit on all engines of all ranks, or on none; return the slowest worker's seconds."""
         began = time.perf_counter()
+        keep: set[int] = set()
         try:
-            keep = versions.to_keep() if versions else set()
+            with agreed_by_all_ranks():
+                committing()
+                keep = versions.to_keep() if versions else keep
         except BaseException as error:
-            engines.abort(version, error, beside=True)
+            engines.abort(version, error)
             raise
-        blocked = engines.commit(version, keep)
+        try:
+            with agreed_by_all_ranks():
+                blocked = engines.commit(version, keep)
+        except BaseException:
+            engines.take_back(version, keep)
+            raise
         totals.apply += time.perf_counter() - began
-        if versions:
-            versions.serve(version, keep)
-        else:
-            engines.take_on(version)
+        with agreed_by_all_ranks():
+            if versions:
+                versions.serve(version, keep)
+            else:
+                engines.take_on(version)
         if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         return blocked
 
-    def _read(self, source: Source, engines: Replicas, totals: Totals) -> tuple[Lent, Stream]:
+    def _read(self, source: Source, engines: Engines, totals: Totals) -> tuple[Lent, Stream]:
         """What engines can read where it lies, and a stream of everything else."""
         began, lent, stream = time.perf_counter(), NOTHING, iter(source)
-        if isinstance(source, FactorSource | MergedSource) and engines.on_gpu(_gpu_of(source)):
+        if isinstance(source, FactorSource | MergedSource) and engines.read_in_place(_gpu_of(source)):
             # Factors were looked at by `check_fits`, just before.
             lent, stream = source.lend(checked=True) if isinstance(source, FactorSource) else source.lend()
         if lent is NOTHING or lent is not self._lent:  # the same again has the same scalings
@@ -173,31 +189,12 @@ class Sender:
         totals.source += time.perf_counter() - began
         return lent, timed(stream, totals)
 
-    def accompany(
-        self, source: Source, version: int, *, check: Callable[[], None], committing: Callable[[], None]
-    ) -> SyncReport:
-        """A rank that does not push takes part in the source's collectives and drops what they yield."""
-        began, totals = time.perf_counter(), Totals(strategy_of(self._apply))
-        with agreed_by_all_ranks():
-            check()
-            self.handshake.check_scalings(source)
-        with agreed_by_all_ranks():
-            for _, tensor in timed(source, totals):
-                totals.count(tensor)
-        with agreed_by_all_ranks():
-            committing()
-        return totals.report(version, 0, time.perf_counter() - began)
-
-    def send_base(self, source: Source, engines: Replicas | None, version: int) -> None:
+    def send_base(self, source: Source, engines: Engines, version: int) -> None:
         """Once: the packed 4-bit weights that the workers merge from. Every rank takes part in reading them."""
-        for bucket in buckets(packed_base(self._apply, source), self._bucket_bytes):
-            if engines:
-                engines.send(bucket, version, op="base", beside=True)
-
-    @property
-    def _leaves_weights(self) -> bool:
-        """An adapter leaves the weights alone: what is cached of them stays good, and nothing has to wait."""
-        return isinstance(self._apply, ServeAdapter)
+        with engines.flight() as flight:
+            for bucket in buckets(self._strategy.packed_base(source), self._limit):
+                flight.send(bucket, version, kind="base", beside=True)
+            flight.wait()
 
 
 def _gpu_of(source: FactorSource | MergedSource) -> str:

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from lorasync.errors import (
-    EngineDeadError,
     EngineNotReadyError,
     LorasyncError,
     SyncError,
@@ -119,13 +118,17 @@ class EngineSession:
     def _learn_engine(self, answers: Answers) -> None:
         told = [a.introduction for a in answers.values() if a.introduction is not None]
         if len(told) != len(answers):
-            raise EngineNotReadyError("handshake: a worker has not introduced itself. Do both sides run the same lorasync?")
+            raise EngineNotReadyError(
+                "handshake: a worker has not introduced itself. Do both sides run the same lorasync?"
+            )
         self.ranks, self.worker_ranks = len(answers), tuple(sorted(answers))
         self.workers = max(answer.workers for answer in answers.values())
         self.ways = ways_taken([worker.refused for worker in told])
         if not self.ways:
             why = "; ".join(f"{way}: {reason}" for way, reason in told[0].refused.items() if reason)
-            raise EngineNotReadyError(f"transport: the workers take none of those that this trainer offers ({why}).")
+            raise EngineNotReadyError(
+                f"transport: the workers take none of those that this trainer offers ({why})."
+            )
         gpus = {worker.gpu for worker in told}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
         self.capacity = min(worker.capacity for worker in told)

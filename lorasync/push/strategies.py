@@ -1,10 +1,10 @@
-"""What the engine's workers are to do with factors: serve them as an adapter, or merge them into the weights."""
+"""The three strategies: load merged weights, merge factors in the workers, serve an adapter beside the base."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from lorasync.errors import Mismatch as _Mismatch
 from lorasync.errors import MismatchError
@@ -14,9 +14,66 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.source import FactorSource
-
 BaseKind = Literal["device", "cpu", "checkpoint", "nf4"]
+
+
+class Strategy(Protocol):
+    """What a push has to know of a strategy.
+
+    Attributes:
+        report_name: what a `SyncReport` calls it.
+        changes_weights: whether live weights change; an adapter leaves them alone, and what is cached of them stays good.
+        stages_beside: whether buckets are staged beside what is served; otherwise they are live as they come.
+    """
+
+    @property
+    def report_name(self) -> str: ...
+
+    @property
+    def changes_weights(self) -> bool: ...
+
+    @property
+    def stages_beside(self) -> bool: ...
+
+    def handshake(self, source: Any) -> str:
+        """What the handshake says of it, as JSON; every trainer rank calls it, as base weights may have to be gathered.
+
+        Raises:
+            MismatchError: if source and strategy don't go together.
+        """
+        ...
+
+    def packed_base(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trainer's packed weights, where the workers merge from them; nothing otherwise."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadMerged:
+    """Merge on the trainer's side and load what comes: what `connect` does without an ``apply``.
+
+    Example:
+        >>> LoadMerged().stages_beside
+        False
+    """
+
+    report_name: ClassVar[str] = "merged"
+    changes_weights: ClassVar[bool] = True
+    stages_beside: ClassVar[bool] = False
+
+    def handshake(self, source: Any) -> str:
+        """Any source but one of factors."""
+        if is_factor_source(source):
+            fix = "connect(source, llm, apply)"
+            raise MismatchError(
+                "A FactorSource needs to be told what the workers do with the factors.",
+                [_Mismatch("apply", "nothing", "ServeAdapter(name) or MergeInWorker(base=…)", fix)],
+            )
+        return json.dumps({"kind": "load"})
+
+    def packed_base(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
+        """None: every weight travels."""
+        return iter(())
 
 
 @dataclass(frozen=True)
@@ -42,6 +99,9 @@ class MergeInWorker:
     """
 
     base: BaseKind
+    report_name: ClassVar[str] = "factors"
+    changes_weights: ClassVar[bool] = True
+    stages_beside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.base not in get_args(BaseKind):
@@ -49,6 +109,15 @@ class MergeInWorker:
                 "MergeInWorker does not know this base.",
                 [_Mismatch("base", repr(self.base), ", ".join(map(repr, get_args(BaseKind))), "Choose one.")],
             )
+
+    def handshake(self, source: Any) -> str:
+        """The factors, their base, and where the workers keep it."""
+        return json.dumps({"kind": "merge", "base": self.base, **_factors(self, source)})
+
+    def packed_base(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trainer's 4-bit weights, with ``base="nf4"``."""
+        found: Iterator[tuple[str, torch.Tensor]] = source.packed_base() if self.base == "nf4" else iter(())
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,6 +139,9 @@ class ServeAdapter:
 
     name: str
     other_base: bool = False
+    report_name: ClassVar[str] = "adapter"
+    changes_weights: ClassVar[bool] = False
+    stages_beside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         wrong = []
@@ -83,37 +155,27 @@ class ServeAdapter:
         if wrong:
             raise MismatchError("ServeAdapter needs a usable name.", wrong)
 
+    def handshake(self, source: Any) -> str:
+        """The factors and their base."""
+        return json.dumps({"kind": "adapter", "other_base": self.other_base, **_factors(self, source)})
+
+    def packed_base(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
+        """None: the adapter is served beside the engine's own base."""
+        return iter(())
+
 
 Apply = MergeInWorker | ServeAdapter
 
 
-def apply_message(apply: Apply | None, source: Any) -> str:
-    """What the handshake says of the strategy; for factors every trainer rank takes part, as base weights are read.
-
-    Raises:
-        MismatchError: if source and apply don't go together.
-    """
+def _factors(strategy: Apply, source: Any) -> dict[str, str]:
+    """What the workers are told of factors and of the base below them."""
     from lorasync.fingerprint import to_json
-    from lorasync.source import FactorSource, base_samples
+    from lorasync.source import base_samples
     from lorasync.source.scaling import refuse_rescaled
 
-    if apply is None:
-        if isinstance(source, FactorSource):
-            raise MismatchError(
-                "A FactorSource needs to be told what the workers do with the factors.",
-                [
-                    _Mismatch(
-                        "apply",
-                        "nothing",
-                        "ServeAdapter(name) or MergeInWorker(base=…)",
-                        "connect(source, llm, apply)",
-                    )
-                ],
-            )
-        return json.dumps({"kind": "load"})
-    if not isinstance(source, FactorSource):
+    if not is_factor_source(source):
         raise MismatchError(
-            f"{type(apply).__name__} works on factors.",
+            f"{type(strategy).__name__} works on factors.",
             [
                 _Mismatch(
                     "source",
@@ -124,21 +186,13 @@ def apply_message(apply: Apply | None, source: Any) -> str:
             ],
         )
     spec = source.spec()
-    if isinstance(apply, ServeAdapter):
+    if isinstance(strategy, ServeAdapter):
         refuse_rescaled(spec)
-    factors = {"spec": spec.to_json(), "samples": to_json(base_samples(source))}
-    if isinstance(apply, MergeInWorker):
-        return json.dumps({"kind": "merge", "base": apply.base, **factors})
-    return json.dumps({"kind": "adapter", "other_base": apply.other_base, **factors})
+    return {"spec": spec.to_json(), "samples": to_json(base_samples(source))}
 
 
-def strategy_of(apply: Apply | None) -> str:
-    """What a report calls the strategy."""
-    return "merged" if apply is None else "factors" if isinstance(apply, MergeInWorker) else "adapter"
+def is_factor_source(source: object) -> bool:
+    """Whether factors travel, not weights."""
+    from lorasync.source import FactorSource
 
-
-def packed_base(apply: Apply | None, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trainer's packed weights, where the workers are to merge from them; nothing otherwise."""
-    if isinstance(apply, MergeInWorker) and apply.base == "nf4":
-        factors: FactorSource = source
-        yield from factors.packed_base()
+    return isinstance(source, FactorSource)

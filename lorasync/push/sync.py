@@ -11,15 +11,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineClosedError, PushInProgressError, SyncError
-from lorasync.push.arguments import check_arguments, refuse_engines_of_other_ranks
-from lorasync.push.engines import Replicas, named_targets
+from lorasync.push.arguments import check_arguments
+from lorasync.push.belonging import check_whole, engines_of_this_rank
+from lorasync.push.engines import Engines
 from lorasync.push.fits import check_fits, dtypes_of_all_ranks
 from lorasync.push.handshake import Handshake
 from lorasync.push.measured import warned, with_canary, with_survival
 from lorasync.push.pause import stoppable
 from lorasync.push.sender import Sender
-from lorasync.push.strategies import Apply, ServeAdapter, apply_message
-from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks, rank
+from lorasync.push.strategies import Apply, LoadMerged, ServeAdapter
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
 from lorasync.push.versions import AdapterVersions
 from lorasync.wire import manifest_as_text
 
@@ -69,7 +70,7 @@ class Sync:
                 canary=canary,
                 on_gone=on_gone,
             )
-            refuse_engines_of_other_ranks(target, rank())
+        mine, self._names = engines_of_this_rank(target)
         self.source = source
         self.apply = apply
         self.version = 0
@@ -81,39 +82,41 @@ class Sync:
         self._busy = threading.Lock()
         self._busy_thread = 0
         self._down = False
-        self._sender = Sender(apply, bucket_bytes=bucket_bytes)
-        self._engines: Replicas | None = None  # on the rank that sends
-        with self._or_goodbye(), agreed_by_all_ranks():
-            manifest, message = source.metadata(), apply_message(apply, source)
-            self._sender.handshake = Handshake(source, apply, message)
-            if rank() == 0:
-                self._engines = Replicas(
-                    named_targets(target),
-                    timeout=timeout,
-                    pause=pause,
-                    changes_weights=not isinstance(apply, ServeAdapter),
-                )
+        self._strategy = strategy = LoadMerged() if apply is None else apply
+        self._sender = Sender(strategy, bucket_bytes=bucket_bytes)
+        with agreed_by_all_ranks():
+            self._engines = Engines(
+                mine,
+                timeout=timeout,
+                pause=pause,
+                changes_weights=strategy.changes_weights,
+                names_each=len(self._names) > 1,
+            )
+        with self._or_goodbye():
+            with agreed_by_all_ranks():
+                manifest, message = source.metadata(), strategy.handshake(source)
+                self._sender.handshake = Handshake(source, strategy, message)
                 self._engines.hello(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
-        self._versions = self._adapter_versions(on_gone)
-        found = self._engines.version if self._engines else 0
-        self.version = self._newest = largest_of_all_ranks(found)  # only the sender has asked the engines
-        if self._versions and largest_of_all_ranks(
-            int(self._engines is not None and self._engines.hold_adapter)
-        ):
-            self._versions.serve(self.version, keep=set())
-        self._dtypes = dtypes_of_all_ranks(self._engines)
-        self._notes = self._engines.notes if self._engines else ()
-        with self._or_goodbye(), agreed_by_all_ranks():
-            self._sender.send_base(source, self._engines, self.version)
+            check_whole(self._engines)
+            self.version = self._newest = largest_of_all_ranks(self._engines.version)
+            self._versions = self._adapter_versions(on_gone)
+            self._dtypes = dtypes_of_all_ranks(self._engines)
+            with agreed_by_all_ranks():
+                self._sender.send_base(source, self._engines, self.version)
+        self._notes = self._engines.notes
         for note in self._notes:
             warnings.warn(note, stacklevel=3)
 
     def _adapter_versions(self, on_gone: OnGone) -> AdapterVersions | None:
+        """Know what requests may name: also a version that all engines hold of an earlier connection."""
         if not isinstance(self.apply, ServeAdapter):
             return None
         versions = AdapterVersions(self.apply.name, self._engines, on_gone=on_gone)
-        with self._or_goodbye(), agreed_by_all_ranks():
+        with agreed_by_all_ranks():
             versions.check_room()
+        lacking = any(not s.holds_adapter or s.version != self.version for s in self._engines.sessions)
+        if not largest_of_all_ranks(int(lacking)):
+            versions.serve(self.version, keep=set())
         return versions
 
     @contextlib.contextmanager
@@ -121,24 +124,23 @@ class Sync:
         try:
             yield
         except BaseException:
-            if self._engines:
-                self._engines.goodbye()
+            self._engines.goodbye()
             raise
 
     @property
     def closed(self) -> str:
         """Why the engines must not generate; empty if they may."""
         self._check_up("closed")
-        return self._engines.closed if self._engines else ""
+        return self._engines.closed
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """The names of the engines that are pushed to; empty on a trainer rank that does not send."""
+        """The names of the engines that this trainer rank pushes to; empty on one that has none."""
         self._check_up("engines")
-        return tuple(session.name for session in self._engines.sessions) if self._engines else ()
+        return tuple(session.name for session in self._engines.sessions)
 
     def send_weights(self) -> SyncReport:
-        """Push the policy as it is now; when it returns, every engine serves exactly that.
+        """Push the policy as it is now; when it returns, every engine of every trainer rank serves exactly that.
 
         Every trainer rank calls it, at the same point. On error the training model is as it was; what the engines
         serve then is said in the error, and calling again is always safe.
@@ -151,8 +153,7 @@ class Sync:
                 `shutdown`.
         """
         with self._alone("send_weights"):
-            with agreed_by_all_ranks():
-                report = self._push(self._newest + 1)
+            report = self._push(self._newest + 1)
             served, self._before = self.version, self.version if self._has_pushed else None
             self.version = report.version  # not before all ranks have agreed that it went well
             if self._measure_survival:
@@ -163,13 +164,11 @@ class Sync:
         def check() -> None:
             self._check_up("send_weights")
             self._sender.handshake.check(self.source)
-            check_fits(self.source, self.apply, self._dtypes)
+            check_fits(self.source, self._strategy, self._dtypes)
 
         def committing() -> None:
             self._newest = version  # never used again: what an engine has cached of it would be answered
 
-        if self._engines is None:
-            return self._sender.accompany(self.source, version, check=check, committing=committing)
         return self._sender.push(
             self.source, self._engines, version, self._versions, check=check, committing=committing
         )
@@ -180,7 +179,7 @@ class Sync:
         self._notes = ()
         report = self._with_unasked(report, served)
         self._has_pushed = True
-        if self._canary is not None and self._engines is not None:
+        if self._canary is not None and self._engines.sessions:
             report = with_canary(report, self._canary, self._versions.quietly() if self._versions else {})
         _LOG.log(logging.WARNING if report.warnings else logging.INFO, "%s", report)
         return report
@@ -189,8 +188,6 @@ class Sync:
         """An adapter answers only requests that name it: all others are answered by the base, without a word."""
         if self._versions is None:
             return report
-        if self._engines is None:
-            self._versions.serve(report.version, keep=set())
         asked = largest_of_all_ranks(int(self._versions.is_asked_for()))
         if asked or not self._has_pushed:
             return report
@@ -217,14 +214,13 @@ class Sync:
             with agreed_by_all_ranks():
                 self._check_up("rollback")
                 before = self._version_before()
-                if self._engines:
-                    self._roll_back(self._engines, before)
-                elif self._versions:
-                    self._versions.serve(before, keep=set())
+                self._engines.begin()
+                self._engines.catch_up()
+            self._roll_back(before)
             self.version, self._before = before, None
 
     def _version_before(self) -> int:
-        if self.apply is None:
+        if not self._strategy.stages_beside:
             raise SyncError(
                 "rollback: merged weights replace the old ones in place. Push the older policy instead."
             )
@@ -232,22 +228,27 @@ class Sync:
             raise SyncError("rollback: there is no version before this one on this connection.")
         return self._before
 
-    def _roll_back(self, engines: Replicas, before: int) -> None:
-        engines.begin()
-        engines.catch_up()
+    def _roll_back(self, before: int) -> None:
+        engines, versions = self._engines, self._versions
         with stoppable(engines) as stop:
-            if self._versions is None:
-                stop.begin()
-                engines.rollback(before)
-                engines.take_on(before)
-                return
-            self._versions.serve(before, keep=engines.in_flight())
-            keep = {*self._versions.to_keep(), before}
+            keep: set[int] = set()
+            with agreed_by_all_ranks():
+                if versions is None:
+                    stop.begin()
+                else:
+                    versions.serve(before, keep=engines.in_flight())
+                    keep = {*versions.to_keep(), before}
             try:
-                engines.rollback(before, keep)
+                with agreed_by_all_ranks():
+                    engines.rollback(before, keep)
             except BaseException:
-                self._versions.serve(self.version, keep=keep)
+                engines.take_back(before, keep)
+                if versions is not None:
+                    versions.serve(self.version, keep=keep)
                 raise
+            if versions is None:
+                with agreed_by_all_ranks():
+                    engines.take_on(before)
 
     def request(self) -> dict[str, Any]:
         """What `generate` needs beyond the prompts to be answered by the version pushed last.
@@ -270,8 +271,8 @@ class Sync:
     def digests(self) -> dict[str, dict[int, str]]:
         """What every worker serves, as xxh3-128 over its live parameters: engine name → worker rank → digest.
 
-        Two engines with equal digests hold the same weights bit for bit, whichever way these came. Rank 0 asks; other
-        trainer ranks get an empty dict.
+        Two engines with equal digests hold the same weights bit for bit, whichever way these came. Each trainer rank asks
+        those that it pushes to.
 
         Raises:
             PushInProgressError: if a push is under way.
@@ -279,31 +280,32 @@ class Sync:
         """
         with self._alone("digests"):
             self._check_up("digests")
-            if not self._engines:
-                return {}
             self._engines.begin()
-            return {
-                session.name: {worker: str(reply["digest"]) for worker, reply in session.digests().items()}
-                for session in self._engines.sessions
-            }
+            return {session.name: session.digests() for session in self._engines.sessions}
 
     def leave_out(self, engine: str) -> None:
         """Go on without this engine, a dead one for instance. Every trainer rank calls it.
 
         Args:
-            engine: one of `engines`, as errors name it. It keeps what it serves; don't send it requests for later versions.
+            engine: one of the `engines` of any rank, as errors name it. It keeps what it serves; don't send it requests for
+                later versions.
 
         Raises:
             SyncError: if there is none of that name, or it is the last one.
         """
         with self._alone("leave_out"), agreed_by_all_ranks():
             self._check_up("leave_out")
-            if self._engines:
-                self._engines.begin()
-                self._engines.leave_out(engine, self._versions.held() if self._versions else ())
+            if engine not in self._names or len(self._names) == 1:
+                names = ", ".join(self._names)
+                raise SyncError(
+                    f"leave_out: got {engine!r}, expected one of {names}, and another one to stay."
+                )
+            self._engines.begin()
+            self._engines.leave_out(engine, self._versions.held() if self._versions else ())
+            self._names = tuple(name for name in self._names if name != engine)
 
     def shutdown(self) -> None:
-        """Say goodbye to the engines, which keep serving, and remove the shared-memory folders.
+        """Say goodbye to the engines, which keep serving, and remove the folder in shared memory.
 
         It waits for a push that is under way; a second call does nothing. Every other call raises from then on.
 
@@ -317,7 +319,7 @@ class Sync:
             raise PushInProgressError(
                 "shutdown: got a call from inside of a push. Call it when that has returned."
             )
-        for session in self._engines.sessions if self._engines else ():
+        for session in self._engines.sessions:
             session.target.check_elsewhere()
         with self._busy:
             self._say_goodbye()
@@ -328,10 +330,9 @@ class Sync:
         self._down = True
         if self._versions:
             self._versions.end("this connection was shut down: connect() again.")
-        if self._engines is not None:
-            self._engines.begin()
-            self._engines.goodbye()
-            self._engines = None
+        self._engines.begin()
+        self._engines.goodbye()
+        self._engines.sessions = []
 
     def __enter__(self) -> Sync:
         return self
@@ -365,9 +366,9 @@ class Sync:
             self._busy.release()
 
     def _check_not_taken_over(self) -> None:
-        taken = self._engines.outdated if self._engines else []
+        taken = self._engines.outdated
         if taken:
-            one, all_of_them = len(self.engines) == 1, len(self.engines) == len(taken)
+            one, all_of_them = len(self._names) == 1, len(self._names) == len(taken)
             who = "the engine" if one else ", ".join(taken)
             without = " and ".join(f"leave_out({name!r})" for name in taken)
             raise SyncError(

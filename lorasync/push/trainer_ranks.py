@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorasync.errors import SyncError
+from lorasync import errors as lorasync_errors
+from lorasync.wire import error_as_dict, error_from_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lorasync.errors import LorasyncError
 
 _LONGEST = 20_000
 """Bytes of an error that other ranks are shown."""
@@ -28,7 +32,7 @@ def agreed_by_all_ranks() -> Iterator[None]:
     """All trainer ranks leave the block the same way: if one fails, the others raise too instead of going on.
 
     Raises:
-        SyncError: on the ranks that did not fail themselves; it names those that did, and their errors.
+        LorasyncError: on the ranks that did not fail themselves: the same error, naming the rank that did.
     """
     if _alone():
         yield
@@ -38,20 +42,38 @@ def agreed_by_all_ranks() -> Iterator[None]:
         yield
     except BaseException as error:
         failure = error
-    failed = largest_of_all_ranks(int(failure is not None))
-    if failed:
-        told = texts_of_all_ranks("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if largest_of_all_ranks(int(failure is not None)):
+        told = texts_of_all_ranks("" if failure is None else _as_text(failure))
         if failure is None:
-            raise SyncError(_said_by_others(told))
+            raise _first_of({number: text for number, text in enumerate(told) if text})
     if failure is not None:
         raise failure
 
 
-def _said_by_others(told: list[str]) -> str:
-    failed = {number: text for number, text in enumerate(told) if text}
-    who = ", ".join(map(str, failed))
-    said = "".join(f"\n  rank {number}: {text}" for number, text in failed.items())
-    return f"Another trainer rank than this one (rank {rank()}) failed: rank {who}. This one gave up with it.{said}"
+def _as_text(error: BaseException) -> str:
+    """An error as JSON that is short enough to be told."""
+    found = error_as_dict(error)
+    while len(json.dumps(found).encode()) > _LONGEST:
+        if found["mismatches"]:
+            found["mismatches"] = found["mismatches"][: len(found["mismatches"]) // 2]
+        else:
+            found["message"] = found["message"][: len(found["message"]) // 2]
+    return json.dumps(found)
+
+
+def _first_of(failed: dict[int, str]) -> LorasyncError:
+    """The error of the lowest rank that failed, as its own type; it names all of them."""
+    errors = {number: json.loads(text) for number, text in failed.items()}
+    first = min(errors)
+    found = errors[first]
+    others = "".join(
+        f"\n  trainer rank {n}: {e['type']}: {e['message']}" for n, e in errors.items() if n != first
+    )
+    kind = found["type"] if hasattr(lorasync_errors, found["type"]) else f"{found['type']}: "
+    message = f"trainer rank {first}: {'' if kind == found['type'] else kind}{found['message']}{others}"
+    return error_from_dict(
+        {**found, "type": found["type"] if kind == found["type"] else "SyncError", "message": message}
+    )
 
 
 def largest_of_all_ranks(number: int) -> int:

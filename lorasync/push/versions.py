@@ -10,7 +10,7 @@ from lorasync.errors import EngineNotReadyError, SyncError
 from lorasync.push.issued import Issued
 
 if TYPE_CHECKING:
-    from lorasync.push.engines import Replicas
+    from lorasync.push.engines import Engines
     from lorasync.push.issued import OnGone
 
 _LOG = logging.getLogger(__name__)
@@ -19,14 +19,13 @@ _LOG = logging.getLogger(__name__)
 class AdapterVersions:
     """One connection's adapter: what was pushed, and the requests that name it.
 
-    A trainer rank that does not push has no engines: what it says of versions is what the rank that pushes has done.
+    A trainer rank without engines knows the versions, too: it may be asked for a request.
     """
 
-    def __init__(self, name: str, engines: Replicas | None, *, on_gone: OnGone) -> None:
+    def __init__(self, name: str, engines: Engines, *, on_gone: OnGone) -> None:
         self._engines = engines
         self._served = 0
-        flying = engines.in_flight if engines else frozenset
-        self._issued = Issued(name, on_gone=on_gone, in_flight=flying, taken=self._taken)
+        self._issued = Issued(name, on_gone=on_gone, in_flight=engines.in_flight, taken=self._taken)
 
     def check_room(self) -> None:
         """Say so if the engine can't hold what is needed: two versions under load, and a place for the user's own.
@@ -34,7 +33,7 @@ class AdapterVersions:
         Raises:
             EngineNotReadyError: if there is no room even for the versions.
         """
-        for session in self._engines.sessions if self._engines else ():
+        for session in self._engines.sessions:
             needed = 2 if session.target.generates_meanwhile else 1
             if session.capacity < needed:
                 raise EngineNotReadyError(
@@ -85,8 +84,6 @@ class AdapterVersions:
 
         That comes first: a request that vLLM's front end has taken is among those in flight when it is asked again.
         """
-        if self._engines is None:
-            return set()
         beside = {self._served} if self._served and self._is_room_for(self._served) else set()
         self._issued.retire(self._engines.in_flight() | beside)
         self._engines.settle()
@@ -96,7 +93,6 @@ class AdapterVersions:
 
     def _is_room_for(self, version: int) -> bool:
         """Whether a version may stay although none needs it: one place is left for an adapter of the user's own."""
-        assert self._engines is not None
         held = {*self._engines.in_flight(), version}
         return all(
             version in session.needed_beside() or len(held) + 1 < session.capacity
@@ -115,12 +111,12 @@ class AdapterVersions:
     def end(self, reason: str) -> None:
         """No version can be asked for any more."""
         self._issued.end(reason)
-        if self._engines is not None and not self._engines.in_flight():
+        if not self._engines.in_flight():
             self._issued.let_go()  # or a request that is kept would keep the engines
-        self._served, self._engines = 0, None
+        self._served = 0
 
     def _taken(self) -> str:
-        taken = self._engines.outdated if self._engines else []
+        taken = self._engines.outdated
         if not taken:
-            return self._engines.closed if self._engines else ""
+            return self._engines.closed
         return f"another trainer has taken {', '.join(taken)} over, whose versions are served now. connect() again."

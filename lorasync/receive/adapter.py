@@ -38,6 +38,7 @@ class AdapterApplier:
     """Stages factors; a commit adds them under an id of their own, beside the version before, and retires older ones."""
 
     changes_weights = False
+    takes_merges = False
 
     def __init__(
         self, manifest: Sequence[ManifestEntry], served: ServedModel, wanted: Mapping[str, Any], version: int

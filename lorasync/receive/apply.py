@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,13 +29,18 @@ class Applier(Protocol):
     """Receives buckets, then commits. Until `commit` returns, a failure must leave `undo` able to clean up.
 
     ``in_flight`` are the versions that unfinished requests name: those must stay answerable.
+
+    Attributes:
+        changes_weights: whether a commit changes live weights.
+        takes_merges: whether `receive` takes merges that are still to be made, besides tensors.
     """
 
     changes_weights: bool
+    takes_merges: bool
 
     def describe(self) -> Described: ...
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def receive(self, tensors: Any) -> None: ...
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
@@ -78,6 +83,7 @@ class LoadApplier:
     """Merged weights: each bucket goes into the live weights as it comes."""
 
     changes_weights = True
+    takes_merges = True
 
     def __init__(self, manifest: Sequence[ManifestEntry], served: ServedModel) -> None:
         plan = served.plan_for(manifest, what="merged weights")

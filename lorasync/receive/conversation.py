@@ -119,7 +119,11 @@ class Conversation:
     def _hello(self, hello: Hello, payload: Any) -> Introduction:
         """Check everything against the served model; a handshake that is refused leaves all as it was."""
         if not isinstance(payload, bytes | bytearray | memoryview) or bytes(payload) != PROBE:
-            got = "other bytes" if isinstance(payload, bytes | bytearray | memoryview) else type(payload).__name__
+            got = (
+                "other bytes"
+                if isinstance(payload, bytes | bytearray | memoryview)
+                else type(payload).__name__
+            )
             raise EngineNotReadyError(
                 f"handshake: got {got} beside the message, expected the bytes that the trainer has sent: what carries "
                 "collective_rpc must pass bytes on as they are. Nothing was touched."
@@ -255,7 +259,9 @@ class Conversation:
             self._replace_others()
             applier.commit(message.version, message.in_flight)
             if not self._handed_over:
-                vllm_parts.wait_for(self.served.device)  # what fails on a GPU fails here, not in the first request
+                vllm_parts.wait_for(
+                    self.served.device
+                )  # what fails on a GPU fails here, not in the first request
         except BaseException:
             self._abort(applier)
             raise

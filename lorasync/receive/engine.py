@@ -18,7 +18,15 @@ from lorasync.layout import rank_in_engine, workers_of
 from lorasync.receive.conversation import Conversation
 from lorasync.receive.served import ServedModel
 from lorasync.receive.vllm_parts import in_context_of
-from lorasync.wire import Answer, BucketMessage, Collect, Introduction, Message, error_as_dict, message_from_dict
+from lorasync.wire import (
+    Answer,
+    BucketMessage,
+    Collect,
+    Introduction,
+    Message,
+    error_as_dict,
+    message_from_dict,
+)
 
 if TYPE_CHECKING:
     import torch

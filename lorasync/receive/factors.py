@@ -46,6 +46,7 @@ class FactorApplier:
     """Stages factors, and merges them into the live weights at commit; atomic, and it can go one version back."""
 
     changes_weights = True
+    takes_merges = False
 
     def __init__(
         self, manifest: Sequence[ManifestEntry], served: ServedModel, wanted: Mapping[str, Any]

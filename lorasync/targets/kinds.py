@@ -6,10 +6,10 @@ import inspect
 from typing import TYPE_CHECKING
 
 from lorasync.errors import EngineNotReadyError
+from lorasync.targets.async_llm import AsyncLLMTarget
+from lorasync.targets.base import CollectiveRpc
 from lorasync.targets.llm import LLMTarget
 from lorasync.targets.rpc import RpcTarget
-from lorasync.targets.base import CollectiveRpc
-from lorasync.targets.async_llm import AsyncLLMTarget
 
 if TYPE_CHECKING:
     from lorasync.targets.base import Pause, Target

@@ -62,7 +62,9 @@ class LLMTarget:
         Raises:
             SyncError: if something is: its keys and values would be the old version's. Nothing was touched.
         """
-        if self._llm.llm_engine.output_processor.request_states:  # has_unfinished_requests() may ask other processes
+        if (
+            self._llm.llm_engine.output_processor.request_states
+        ):  # has_unfinished_requests() may ask other processes
             raise SyncError(
                 f"push: got requests in flight ({_unfinished(self._llm.llm_engine)}), expected none, as a vllm.LLM can't "
                 f"keep them over a change of weights. Push between generate() calls, or use an AsyncLLM. {_WAY_OUT} "

@@ -22,7 +22,7 @@ class RpcTarget:
     in_process = spread = False
     generates_meanwhile = True
     workers = 0
-    engine = None
+    engine: object | None = None
 
     def __init__(self, rpc: CollectiveRpc, *, timeout: float) -> None:
         self._rpc = rpc

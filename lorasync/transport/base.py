@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from lorasync.kernels import PendingMerge
-from lorasync.lent import Bucket
+
+if TYPE_CHECKING:
+    from lorasync.lent import Bucket
 
 Received = Mapping[str, Tensor | PendingMerge]
 

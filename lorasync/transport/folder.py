@@ -10,10 +10,13 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasync.errors import PayloadError, SyncError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PREFIX = "lorasync-"
 _OWNER = "owner"

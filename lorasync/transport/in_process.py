@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lorasync.errors import PayloadError
 from lorasync.lent import Bucket, Lent
 from lorasync.transport.base import Parcel, Place, Received
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "in_process"
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import PayloadError
 from lorasync.lent import Bucket, items_of, made
 from lorasync.transport.base import Parcel, Place, Received
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "inline"
 SMALL = 4 << 20

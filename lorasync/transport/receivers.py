@@ -42,7 +42,9 @@ class Receivers:
         """
         if way not in self._agreed:
             agreed = ", ".join(sorted(self._agreed)) or "none"
-            raise PayloadError(f"transport: got {way!r}, expected one of the handshake's: {agreed}. Not applied.")
+            raise PayloadError(
+                f"transport: got {way!r}, expected one of the handshake's: {agreed}. Not applied."
+            )
         return self._receivers[way].take(fields, payload, digest)
 
     def close(self) -> None:

@@ -11,9 +11,8 @@ import math
 import mmap
 import os
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +25,9 @@ from lorasync.transport.folder import Folder, opened, room_in
 from lorasync.transport.inline import SMALL, check_digest
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import dtype_name, dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "shared_memory"
 _ALIGN = 64
@@ -65,7 +67,10 @@ class Sender:
             slot.write(made(item), at, name)
         tensors = _views(slot.bytes, layout)
         return Parcel(
-            NAME, {"file": slot.path.name, "layout": json.dumps(layout, separators=(",", ":"))}, b"", digest_of(tensors)
+            NAME,
+            {"file": slot.path.name, "layout": json.dumps(layout, separators=(",", ":"))},
+            b"",
+            digest_of(tensors),
         )
 
     def release(self) -> None:
@@ -167,7 +172,9 @@ class Receiver:
             PayloadError: if there is no such file, or it is shorter than its layout says.
         """
         if self._folder is None:
-            raise PayloadError("bucket: no folder in shared memory was agreed on in the handshake. Not applied.")
+            raise PayloadError(
+                "bucket: no folder in shared memory was agreed on in the handshake. Not applied."
+            )
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise PayloadError(f"file: got {name!r}, expected a file name. Nothing was applied.")
         path = self._folder / name
@@ -175,7 +182,9 @@ class Receiver:
         try:
             size = path.stat().st_size
             if size < needed:
-                raise PayloadError(f"{name}: got {size} bytes, expected {needed} of its layout. Nothing was applied.")
+                raise PayloadError(
+                    f"{name}: got {size} bytes, expected {needed} of its layout. Nothing was applied."
+                )
             if name not in self._mapped or self._mapped[name].numel() != size:
                 self._mapped[name] = _mapped(path, size)
         except (OSError, ValueError) as error:
@@ -203,7 +212,9 @@ def _parsed(text: str) -> Layout:
         PayloadError: if it is malformed, a dtype does not travel, or an offset is not aligned.
     """
     try:
-        found = [(str(n), dtype_of(d), [int(s) for s in shape], int(at)) for n, d, shape, at in json.loads(text)]
+        found = [
+            (str(n), dtype_of(d), [int(s) for s in shape], int(at)) for n, d, shape, at in json.loads(text)
+        ]
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PayloadError(f"layout: malformed ({error}). Nothing was applied.") from error
     for name, dtype, shape, at in found:
@@ -215,7 +226,9 @@ def _parsed(text: str) -> Layout:
 
 
 def _end(layout: Layout) -> int:
-    return max((at + math.prod(shape) * dtype_of(dtype).itemsize for _, dtype, shape, at in layout), default=0)
+    return max(
+        (at + math.prod(shape) * dtype_of(dtype).itemsize for _, dtype, shape, at in layout), default=0
+    )
 
 
 def _views(everything: Tensor, layout: Layout) -> dict[str, Tensor]:

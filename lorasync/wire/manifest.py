@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorasync.errors import PayloadError
 from lorasync.wire.tensors import dtype_name, dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 

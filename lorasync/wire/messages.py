@@ -155,7 +155,8 @@ class Goodbye(Message):
 
 
 _KINDS: dict[str, type[Message]] = {
-    kind.op: kind for kind in (Hello, BucketMessage, Collect, Abort, Commit, Rollback, Status, Digest, Goodbye)
+    kind.op: kind
+    for kind in (Hello, BucketMessage, Collect, Abort, Commit, Rollback, Status, Digest, Goodbye)
 }
 
 
@@ -217,7 +218,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if hint == dict[str, str] and isinstance(value, dict):
         return {_checked(name, k, str): _checked(f"{name}[{k!r}]", v, str) for k, v in value.items()}
     if hint == dict[str, dict[str, str]] and isinstance(value, dict):
-        return {_checked(name, k, str): _checked(f"{name}[{k!r}]", v, dict[str, str]) for k, v in value.items()}
+        return {
+            _checked(name, k, str): _checked(f"{name}[{k!r}]", v, dict[str, str]) for k, v in value.items()
+        }
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if value is not None and (type(value) is hint or (hint == Kind and isinstance(value, str))):

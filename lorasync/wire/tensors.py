@@ -41,7 +41,6 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-
 def nbytes(tensors: Tensors) -> int:
     """Bytes of the tensors' elements."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -92,5 +91,3 @@ def digest_of_parts(digests: Sequence[str]) -> str:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as a flat uint8 tensor (a view where the tensor is contiguous)."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-

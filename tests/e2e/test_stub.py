@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from lorasync.push.payload import Payload
 
 import lorasync as ls
 from lorasync.push import MergeInWorker, ServeAdapter
-from lorasync.push.payload import Payload
 from lorasync.push.session import EngineSession
 from lorasync.push.strategies import apply_message
 from lorasync.targets.kinds import target_of

@@ -43,7 +43,9 @@ class Sender:
 
     def takes(self, bucket: Bucket, place: Place) -> bool:
         """Whether all of it lies on the GPU that all the engine's workers are on."""
-        devices = bucket.devices if isinstance(bucket, Lent) else {tensor.device for tensor in bucket.values()}
+        devices = (
+            bucket.devices if isinstance(bucket, Lent) else {tensor.device for tensor in bucket.values()}
+        )
         return bool(place.gpu) and len(devices) == 1 and gpu_of(next(iter(devices))) == place.gpu
 
     def release(self) -> None:

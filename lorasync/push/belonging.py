@@ -1,0 +1,119 @@
+"""Which engines a trainer rank pushes to: those in its own process; rank 0 also to those that are reached from outside."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, rank, texts_of_all_ranks
+from lorasync.targets.kinds import is_engine, is_engine_here, target_of
+
+if TYPE_CHECKING:
+    from lorasync.push.engines import Engines
+
+
+def named_engines(target: object) -> dict[str, object]:
+    """One engine, or several: a list (then called ``engine 0``, ``engine 1``, …) or a dict with names; none for None.
+
+    Raises:
+        MismatchError: if a list or dict is empty, or one engine or one name is there twice.
+    """
+    if target is None:
+        return {}
+    if isinstance(target, dict):
+        pairs = [(str(name), engine) for name, engine in target.items()]
+    elif isinstance(target, list | tuple | set | frozenset):
+        pairs = [(f"engine {i}", engine) for i, engine in enumerate(target)]
+    else:
+        pairs = [("engine", target)]
+    names, engines = {name for name, _ in pairs}, {id(engine) for _, engine in pairs}
+    if not pairs or len(names) < len(pairs) or len(engines) < len(pairs):
+        got = ", ".join(name for name, _ in pairs) or "none"
+        fix = "Pass the engines in a list or dict."
+        raise MismatchError(
+            "connect() needs engines.", [Mismatch("target", got, "at least one engine, each once", fix)]
+        )
+    return dict(pairs)
+
+
+def engines_of_this_rank(target: object) -> tuple[dict[str, object], tuple[str, ...]]:
+    """The engines that this trainer rank pushes to, by name, and the names of all ranks' engines; a collective.
+
+    An engine's name says of which rank it is, if several ranks have some.
+
+    Raises:
+        EngineNotReadyError: if no rank has an engine, or one is no engine.
+        MismatchError: if a rank has an engine that is reached from outside, and rank 0, which would talk to it, has not.
+    """
+    with agreed_by_all_ranks():
+        given = named_engines(target)
+        for engine in given.values():
+            if not is_engine(engine) or isinstance(engine, type):
+                target_of(engine, timeout=1.0)  # says what is wrong
+        here = {name: engine for name, engine in given.items() if is_engine_here(engine)}
+        outside = {name: engine for name, engine in given.items() if name not in here}
+    told = [json.loads(text) for text in texts_of_all_ranks(json.dumps([list(here), list(outside)]))]
+    with agreed_by_all_ranks():
+        _check_told(told)
+    mine = {**here, **outside} if rank() == 0 else here
+    counts = [len(own) + (len(others) if number == 0 else 0) for number, (own, others) in enumerate(told)]
+    if sum(count > 0 for count in counts) == 1:
+        (names,) = [own + (others if n == 0 else []) for n, (own, others) in enumerate(told) if counts[n]]
+        return mine, tuple(names)
+    names = [
+        _of_rank(n, name) for n, (own, others) in enumerate(told) for name in own + (others if n == 0 else [])
+    ]
+    return {_of_rank(rank(), name): engine for name, engine in mine.items()}, tuple(names)
+
+
+def check_whole(engines: Engines) -> None:
+    """Refuse an engine of which some workers belong to nobody here: they would go on with old weights; a collective.
+
+    Raises:
+        MismatchError: naming the workers that are missing.
+    """
+    mine = [[s.workers, list(s.worker_ranks)] for s in engines.sessions if s.target.spread]
+    found: dict[int, list[int]] = {}
+    for text in texts_of_all_ranks(json.dumps(mine)):
+        for workers, ranks in json.loads(text):
+            found.setdefault(workers, []).extend(ranks)
+    wrong = []
+    for workers, ranks in found.items():
+        missing = sorted(set(range(workers)) - set(ranks))
+        if missing:
+            wrong.append(
+                Mismatch(
+                    "target",
+                    f"an engine of {workers} workers, of which {missing} belong to no trainer rank that has passed it",
+                    "all of them",
+                    "connect(source, llm) on every trainer rank, with the LLM of that rank.",
+                )
+            )
+    if wrong:
+        raise MismatchError("A push would reach a part of this engine only; nothing was touched.", wrong)
+
+
+def _check_told(told: list[list[list[str]]]) -> None:
+    if not any(own or others for own, others in told):
+        raise EngineNotReadyError(
+            "target: got None, expected an engine on at least one trainer rank. Rank 0 is the one that talks to engines "
+            "which are reached from outside: pass them there; a rank passes the LLM or AsyncLLM of its own process."
+        )
+    wrong = [
+        Mismatch(
+            f"target of trainer rank {number}",
+            f"{name}, which is reached from outside",
+            "one that rank 0 passes too: it is the one that talks to such engines",
+            "Pass it on rank 0.",
+        )
+        for number, (_, others) in enumerate(told)
+        for name in others
+        if number and name not in told[0][1]
+    ]
+    if wrong:
+        raise MismatchError("Nobody would talk to some engines; nothing was touched.", wrong)
+
+
+def _of_rank(number: int, name: str) -> str:
+    return f"rank {number}'s {name}"
