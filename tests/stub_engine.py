@@ -38,6 +38,7 @@ class Slots:
         return Described(llm.capacity, self.current > 0, llm.others, tuple(llm.notes))
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.worker.llm.happens("receive")
         self.staged |= {n: t.clone() for n, t in tensors.items()}
 
     receive_base = receive

@@ -21,7 +21,7 @@ from lorasync.errors import (
     SyncTimeoutError,
 )
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
-from lorasync.wire import shared_memory_root
+from lorasync.transport.folder import shared_memory_root
 from tests import models
 from tests.stub_engine import Client, StubLLM, raising
 

@@ -16,7 +16,7 @@ from lorasync.targets.event_loop import check_elsewhere, run_on
 from lorasync.targets.kinds import target_of
 from lorasync.targets.llm import LLMTarget
 from lorasync.targets.patience import Patience, call_with_limit, death_of
-from lorasync.targets.rpc import CallsTarget
+from lorasync.targets.rpc import RpcTarget
 from tests.stub_engine import Client, StubLLM
 
 
@@ -100,49 +100,45 @@ def test_an_answer_to_the_second_question_shows_that_it_does_not_hang():
     go_on.set()
 
 
-# ------------------------------------------------------------------------------------------------ CallsTarget
+# ------------------------------------------------------------------------------------------------ RpcTarget
 
 
-def test_a_client_s_calls_are_made_with_plain_dicts():
+def test_a_message_and_its_bytes_go_by_collective_rpc():
     seen: list[Any] = []
-    calls = SimpleNamespace(
-        init_weight_transfer_engine=lambda info: seen.append(("init", info)),
-        start_weight_update=lambda: seen.append("start"),
-        update_weights=lambda info: seen.append(("update", info)),
-        finish_weight_update=lambda: seen.append("finish"),
+    rpc = SimpleNamespace(
+        collective_rpc=lambda method, args: seen.append((method, args)) or ("answer",),
         reset_prefix_cache=lambda: seen.append("reset"),
     )
-    target = target_of(calls, timeout=5.0)
-    assert isinstance(target, CallsTarget)
+    target = target_of(rpc, timeout=5.0)
+    assert isinstance(target, RpcTarget)
     target.check_able(changes_weights=True)
-    target.init({"a": 1})
-    target.start()
-    target.update({"b": 2})
-    target.finish()
+    assert target.call({"op": "status"}, b"x") == ["answer"]
     target.reset_caches()
-    assert seen == [("init", {"a": 1}), "start", ("update", {"b": 2}), "finish", "reset"]
+    assert seen == [("weight_transfer_engine", ({"op": "status"}, b"x")), "reset"]
     assert target.adapters_in_flight() == frozenset()
+
+
+@pytest.mark.parametrize("returned", [None, {}, "yes", {0: {}}])
+def test_what_is_no_list_of_answers_is_refused(returned):
+    rpc = SimpleNamespace(collective_rpc=lambda *_, **__: returned)
+    with pytest.raises(EngineNotReadyError, match="expected a list with what each worker has returned"):
+        target_of(rpc, timeout=5.0).call({"op": "status"}, b"")
 
 
 async def _later() -> None:
     """Of a client that is not awaited."""
 
 
-@pytest.mark.parametrize("call", ["start", "finish", "reset_caches"])
+@pytest.mark.parametrize("name", ["collective_rpc", "reset_prefix_cache"])
 @pytest.mark.parametrize("returned", [_later, asyncio.Future, concurrent.futures.Future])
-def test_a_call_that_has_not_ended_when_it_returns_is_refused(call, returned):
+def test_a_call_that_has_not_ended_when_it_returns_is_refused(name, returned):
     client = Client(StubLLM())
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    name = {
-        "start": "start_weight_update",
-        "finish": "finish_weight_update",
-        "reset_caches": "reset_prefix_cache",
-    }[call]
-    found = returned()
-    setattr(client, name, lambda: found)
+    found, target = returned(), RpcTarget(client, timeout=5.0)
+    setattr(client, name, lambda *_, **__: found)
     with pytest.raises(EngineNotReadyError, match=rf"{name}: returned .*awaited"):
-        getattr(CallsTarget(client, timeout=5.0), call)()
+        target.reset_caches() if name == "reset_prefix_cache" else target.call({"op": "status"}, b"")
     asyncio.set_event_loop(None)
     loop.close()
 
@@ -155,14 +151,14 @@ def test_a_reset_that_says_no_is_an_error(call, answer):
     client = Client(StubLLM())
     setattr(client, call, lambda: answer)
     with pytest.raises(SyncError, match=f"{call}: the engine said"):
-        CallsTarget(client, timeout=5.0).reset_caches()
+        RpcTarget(client, timeout=5.0).reset_caches()
 
 
 @pytest.mark.parametrize("answer", [None, True, SimpleNamespace(status_code=200), {"ok": True}])
 def test_a_reset_that_does_not_is_none(answer):
     client = Client(StubLLM())
     client.reset_prefix_cache = lambda: answer
-    CallsTarget(client, timeout=5.0).reset_caches()
+    RpcTarget(client, timeout=5.0).reset_caches()
 
 
 # ------------------------------------------------------------------------------------------------- LLMTarget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from lorasync.transport import cuda_ipc, in_process, inline, shared_memory
@@ -21,6 +22,7 @@ class Post:
     def __init__(self, senders: Iterable[Sender] | None = None) -> None:
         given = senders or (in_process.Sender(), cuda_ipc.Sender(), shared_memory.Sender(), inline.Sender())
         self._senders = {sender.name: sender for sender in given}
+        self._asking = threading.Lock()
 
     def offers(self, *, hands_over: bool) -> dict[str, dict[str, str]]:
         """What the handshake offers an engine.
@@ -30,6 +32,10 @@ class Post:
         """
         if hands_over:
             return {in_process.NAME: {}}
+        with self._asking:  # engines shake hands side by side
+            return self._offered()
+
+    def _offered(self) -> dict[str, dict[str, str]]:
         found = {name: sender.offer() for name, sender in self._senders.items() if name != in_process.NAME}
         return {name: offer for name, offer in found.items() if offer is not None}
 
