@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +11,7 @@ from safetensors import safe_open
 
 from lorasync.errors import Mismatch, MismatchError, SyncError
 from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
+from lorasync.receive.windows import Rectangle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -26,27 +26,6 @@ class Bases(Protocol):
     def rectangle(self, row: Row) -> Base: ...
 
     def whole(self, name: str) -> torch.Tensor: ...
-
-
-def is_rectangle(row: Row) -> bool:
-    """Whether a row of the plan reads rows and columns of a two-dimensional tensor."""
-    return len(row.source.shape) == 2 and row.source.stride[1] == 1
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """Rows and columns of a two-dimensional checkpoint tensor."""
-
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-
-    @classmethod
-    def of(cls, row: Row, columns: int) -> Rectangle:
-        """The rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
-        top, left = divmod(row.source.offset, columns)
-        height, width = row.source.shape
-        assert row.source.stride in ((columns, 1), (width, 1)), row
-        return cls((top, top + height), (left, left + width))
 
 
 class CopiedBases:

@@ -29,7 +29,8 @@ from lorasync.errors import (
 from lorasync.kernels import PendingMerge
 from lorasync.layout import check_layout
 from lorasync.receive import vllm_parts
-from lorasync.receive.apply import Applier, LoadApplier, applier_for
+from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.load import LoadApplier
 from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport.cuda_ipc import Openings, gpu_of
 from lorasync.version import __version__

@@ -18,17 +18,16 @@ from lorasync.receive.base import (
     CopiedBases,
     MixedBases,
     PackedBases,
-    Rectangle,
-    is_rectangle,
 )
 from lorasync.receive.described import Described
 from lorasync.receive.edits import edits_by_weight, refuse_not_mergeable
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.identity import check_base, differences
-from lorasync.receive.plan import ManifestEntry, Row, check_complete
+from lorasync.receive.plan import ManifestEntry, check_complete
 from lorasync.receive.restore import Restore, fed_by, loads
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.streamed import StreamedMerges, buffer_for
+from lorasync.receive.windows import Rectangle, Row, is_rectangle
 from lorasync.receive.writer import LiveWriter
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSpec
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive import vllm_parts
 from lorasync.receive.derived import Derived, derived_elsewhere
-from lorasync.receive.direct import DirectWrites
 from lorasync.receive.recorder import storage_key
 from lorasync.receive.reload import can_be_fresh
 
@@ -50,7 +49,6 @@ class LiveModel:
         loaded_anew = frozenset[str]().union(*(unit.params for unit in self.units))
         self.direct = frozenset(n for n in plan.layouts if n not in loaded_anew and self._is_direct(n))
         self._derived = Derived(model, model_config.dtype)
-        self.writes = DirectWrites(self)
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
         """The window of a direct parameter that a row of the plan writes to."""
