@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.receive.plan import LoadPlan
-    from lorasync.receive.windows import Slice
+    from lorasync.receive.windows import Row, Slice
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class LiveModel:
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
         """The window of a direct parameter that a row of the plan writes to."""
         return target.view(self._tensors[param].data)
+
+    def direct_rows(self, names: Iterable[str]) -> list[Row]:
+        """The rows of the plan by which these checkpoint tensors go into direct parameters."""
+        return [row for name in names for row in self.plan.rows_of(name) if row.param in self.direct]
 
     def layer(self, name: str) -> torch.nn.Module:
         return self._layers[name]
