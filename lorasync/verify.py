@@ -209,7 +209,7 @@ def base_fingerprint(model: torch.nn.Module) -> str:
         >>> len(base_fingerprint(policy))
         32
     """
-    from lorasync.fingerprint import to_json
+    from lorasync.base_check import to_json
     from lorasync.source import FactorSource, base_samples
 
     return digest_of_text(to_json(base_samples(FactorSource(model))))

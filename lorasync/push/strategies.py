@@ -93,7 +93,7 @@ def apply_message(apply: Apply | None, source: Any) -> str:
     Raises:
         MismatchError: if source and apply don't go together.
     """
-    from lorasync.fingerprint import to_json
+    from lorasync.base_check import to_json
     from lorasync.source import FactorSource, base_samples
     from lorasync.source.scaling import refuse_rescaled
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.base_check import from_json as samples_from_json
 from lorasync.errors import (
     EngineNotReadyError,
     Mismatch,
@@ -14,22 +15,21 @@ from lorasync.errors import (
     SyncError,
     UnmergeableError,
 )
-from lorasync.fingerprint import from_json as samples_from_json
-from lorasync.receive import vllm_parts
+from lorasync.receive.base_check import check_base
 from lorasync.receive.described import Described
 from lorasync.receive.edits import ways_to_merge
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
-from lorasync.receive.identity import check_base
 from lorasync.receive.restore import fed_by
 from lorasync.receive.staging import Staging, parsed
 from lorasync.source.factors import FactorSpec
+from lorasync.vllm_seam import lora as vllm_parts
 from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from lorasync.fingerprint import WeightSample
-    from lorasync.receive.plan import ManifestEntry
+    from lorasync.base_check import WeightSample
+    from lorasync.receive.load_plan import ManifestEntry
     from lorasync.receive.served import ServedModel
     from lorasync.receive.windows import Row
 

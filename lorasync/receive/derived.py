@@ -6,8 +6,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch
-from lorasync.receive import vllm_parts
 from lorasync.receive.reload import in_place
+from lorasync.vllm_seam import lora as vllm_parts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

@@ -27,13 +27,13 @@ from lorasync.errors import (
     SyncError,
 )
 from lorasync.kernels import PendingMerge
-from lorasync.layout import check_layout
-from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, applier_for
 from lorasync.receive.load import LoadApplier
 from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport.cuda_ipc import Openings, gpu_of
 from lorasync.version import __version__
+from lorasync.vllm_seam import lora as vllm_parts
+from lorasync.vllm_seam.layout import check_layout
 from lorasync.wire import (
     PROTOCOL,
     Control,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasync.base_check import from_json as samples_from_json
 from lorasync.errors import Mismatch, MismatchError, SyncError, UnmergeableError
-from lorasync.fingerprint import from_json as samples_from_json
-from lorasync.receive.base import MixedBases, PackedBases
+from lorasync.receive.bases import MixedBases, PackedBases
 from lorasync.receive.described import Described
 from lorasync.receive.edits import edits_by_weight, refuse_not_mergeable
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.receive.base import Bases
-    from lorasync.receive.plan import ManifestEntry
+    from lorasync.receive.bases import Bases
+    from lorasync.receive.load_plan import ManifestEntry
     from lorasync.receive.remerge import Factors
     from lorasync.receive.served import ServedModel
 

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive import vllm_parts
 from lorasync.receive.derived import Derived, derived_elsewhere
 from lorasync.receive.recorder import storage_key
 from lorasync.receive.reload import can_be_fresh
+from lorasync.vllm_seam import lora as vllm_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import torch
 
-    from lorasync.receive.plan import LoadPlan
+    from lorasync.receive.load_plan import LoadPlan
     from lorasync.receive.windows import Row, Slice
 
 

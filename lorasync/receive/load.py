@@ -10,7 +10,7 @@ from lorasync.errors import Mismatch, MismatchError, PayloadError, SyncError
 from lorasync.receive.described import Described
 from lorasync.receive.direct import DirectWrites
 from lorasync.receive.live import stands_for
-from lorasync.receive.plan import LoadPlan, ManifestEntry, check_complete
+from lorasync.receive.load_plan import LoadPlan, ManifestEntry, check_complete
 from lorasync.receive.staging import BucketCheck
 from lorasync.receive.writer import LiveWriter
 from lorasync.wire import dtype_name

@@ -11,7 +11,7 @@ import torch
 from lorasync.kernels import Base, GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta
 from lorasync.receive.edits import edited
-from lorasync.receive.plan import check_complete
+from lorasync.receive.load_plan import check_complete
 from lorasync.receive.restore import fed_by, loads
 from lorasync.receive.streamed import StreamedMerges, buffer_for
 from lorasync.receive.windows import Rectangle, Row, is_rectangle
@@ -21,7 +21,7 @@ from lorasync.source.factors import FactorModule
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from lorasync.receive.base import Bases
+    from lorasync.receive.bases import Bases
     from lorasync.receive.edits import Edit
     from lorasync.receive.live import LiveModel
     from lorasync.receive.served import ServedModel

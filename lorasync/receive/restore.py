@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.receive.live import LiveModel, Unit
-    from lorasync.receive.plan import LoadPlan, Row
+    from lorasync.receive.load_plan import LoadPlan, Row
 
 LOAD_BYTES = 32 << 20
 """Weights that wait for vLLM's loader at once, if a single layer has not more."""

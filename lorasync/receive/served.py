@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive.base import CheckpointBases, CopiedBases, has_checkpoint
+from lorasync.receive.bases import CheckpointBases, CopiedBases, has_checkpoint
 from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import LoadPlan, ManifestEntry, record_plan
+from lorasync.receive.load_plan import LoadPlan, ManifestEntry, record_plan
 from lorasync.receive.twin import build_twin
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError
-from lorasync.receive.identity import check_base, differences
+from lorasync.receive.base_check import check_base, differences
 from lorasync.receive.restore import Restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from lorasync.fingerprint import WeightSample
-    from lorasync.receive.base import Bases, CopiedBases
+    from lorasync.base_check import WeightSample
+    from lorasync.receive.bases import Bases, CopiedBases
     from lorasync.receive.live import LiveModel
     from lorasync.receive.served import ServedModel
     from lorasync.receive.windows import Row

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, SyncError
-from lorasync.layout import check_layout
 from lorasync.plugin import BACKEND
 from lorasync.targets.event_loop import check_elsewhere, run_on
 from lorasync.targets.patience import Patience, dead, death_of
+from lorasync.vllm_seam.layout import check_layout
 from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:

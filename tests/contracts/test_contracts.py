@@ -87,7 +87,7 @@ def test_what_only_an_import_can_tell() -> None:
 
     from lorasync.push.adapter_request import AdapterRequest
     from lorasync.receive.engine import WorkerEngine
-    from lorasync.receive.vllm_parts import permitted_rank
+    from lorasync.vllm_seam.lora import permitted_rank
 
     assert not WorkerEngine.__abstractmethods__
     request = LoRARequest("a", 1, "b")
@@ -99,7 +99,7 @@ def test_what_only_an_import_can_tell() -> None:
 def test_our_source_is_one_that_the_installed_vllm_takes() -> None:
     _installed()
     base = importlib.import_module("vllm.distributed.weight_transfer.base")
-    ours = importlib.import_module("lorasync.source.weight_source")._Source
+    ours = importlib.import_module("lorasync.vllm_seam.weight_source")._Source
     assert issubclass(ours, base.WeightSource)
     assert not ours.__abstractmethods__
     assert isinstance(vars(ours)["metadata"], cached_property) == hasattr(base.WeightSource, "iter_full")
