@@ -17,12 +17,13 @@ from lorasync.errors import (
 )
 from lorasync.receive.base_check import check_base
 from lorasync.receive.described import Described
+from lorasync.receive.device import wait_for_stream
 from lorasync.receive.edits import ways_to_merge
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.restore import fed_by
 from lorasync.receive.staging import Staging, parsed
 from lorasync.source.factors import FactorSpec
-from lorasync.vllm_seam import lora as vllm_parts
+from lorasync.vllm_seam import lora
 from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class AdapterApplier:
         self._manager = _manager_of(served, self._spec)
         _refuse_what_slots_cannot_hold(self._spec)
         _check_rank(self._spec, served.lora.max_lora_rank)
-        self._helper = vllm_parts.peft_helper(self._spec.config, served.lora)
+        self._helper = lora.peft_helper(self._spec.config, served.lora)
         self._check_modules([name for name, _, _ in manifest])
         self._notes: list[str] = []
         if not parsed(bool, wanted, "other_base"):
@@ -72,7 +73,7 @@ class AdapterApplier:
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._staging.add(tensors)
-        vllm_parts.wait_for_stream(self._served.device)  # the host reads it, to scale it
+        wait_for_stream(self._served.device)  # the host reads it, to scale it
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
         raise PayloadError("Serving an adapter needs no base from the trainer.")
@@ -119,14 +120,14 @@ class AdapterApplier:
     def _ours(self) -> set[int]:
         """The versions that the workers hold, also those of an earlier connection that were in use when it ended."""
         held = self._manager.list_adapters().items()
-        return {number - ADAPTER_IDS for number, adapter in held if vllm_parts.is_pushed(adapter)}
+        return {number - ADAPTER_IDS for number, adapter in held if lora.is_pushed(adapter)}
 
     def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         number = ADAPTER_IDS + version
         if version not in self._ours():
             self._refuse_taken(number)
             model, config = self._served.model, self._served.config
-            adapter = vllm_parts.lora_model(number, tensors, self._helper, model=model, config=config)
+            adapter = lora.lora_model(number, tensors, self._helper, model=model, config=config)
             self._manager.add_adapter(adapter)
         self._pin(version)
         self._manager.activate_adapter(number)
@@ -139,7 +140,7 @@ class AdapterApplier:
         older = sorted(self._ours() - {newest}, reverse=True)
         places = max(int(self._manager.capacity) - 1, 1)
         for rank, version in enumerate([newest, *older]):
-            vllm_parts.keep_in_cache(self._manager, ADAPTER_IDS + version, pinned=rank < places)
+            lora.keep_in_cache(self._manager, ADAPTER_IDS + version, pinned=rank < places)
 
     def _check_room(self, version: int, keep: set[int]) -> None:
         capacity = int(self._manager.capacity)
@@ -163,10 +164,10 @@ class AdapterApplier:
 
     def _check_modules(self, names: list[str]) -> None:
         """VLLM ignores the factors of a module that it has no LoRA layer for, without a word."""
-        served = vllm_parts.lora_module_names(self._manager)
+        served = lora.lora_module_names(self._manager)
         wrong = []
         for name in names:
-            module = vllm_parts.lora_module_of(name, self._served.model)
+            module = lora.lora_module_of(name, self._served.model)
             if module not in served:
                 fix = "Train without this module, or use MergedSource or MergeInWorker."
                 wrong.append(
@@ -217,7 +218,7 @@ def _manager_of(served: ServedModel, spec: FactorSpec) -> Any:
         rank = max((m.r for m in spec.modules), default=8)
         raise EngineNotReadyError(
             "enable_lora: got False, expected True: ServeAdapter needs LoRA slots. Start the engine with "
-            f"LLM(..., enable_lora=True, max_lora_rank={vllm_parts.permitted_rank(rank)}), or use MergeInWorker."
+            f"LLM(..., enable_lora=True, max_lora_rank={lora.permitted_rank(rank)}), or use MergeInWorker."
         )
     return served.model.lora_manager
 
@@ -225,7 +226,7 @@ def _manager_of(served: ServedModel, spec: FactorSpec) -> Any:
 def _check_rank(spec: FactorSpec, largest: int) -> None:
     rank = max((m.r for m in spec.modules), default=0)
     if rank > largest:
-        fix = f"Start the engine with max_lora_rank={vllm_parts.permitted_rank(rank)}, or use MergeInWorker."
+        fix = f"Start the engine with max_lora_rank={lora.permitted_rank(rank)}, or use MergeInWorker."
         raise MismatchError(
             "The adapter is too large for the engine's LoRA slots.",
             [Mismatch("max_lora_rank", str(largest), f"at least {rank}, the adapter's rank", fix)],

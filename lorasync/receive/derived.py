@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch
 from lorasync.receive.reload import in_place
-from lorasync.vllm_seam import lora as vllm_parts
+from lorasync.vllm_seam.layers import is_attention, is_plain_attention, repack_for_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -31,7 +31,7 @@ class Derived:
         owners = {id(o): o for tensor in tensors for o in self._owners.get(_storage(tensor), ())}
         if self._on_cpu:
             for layer in owners.values():
-                vllm_parts.repack_for_cpu(layer)
+                repack_for_cpu(layer)
         self.derive_from(owners.values())
 
     def derive_from(self, layers: Iterable[torch.nn.Module]) -> None:
@@ -60,12 +60,12 @@ def derived_elsewhere(model: torch.nn.Module) -> list[Mismatch]:
 def _attention_that_derives(model: torch.nn.Module) -> Iterable[tuple[Any, torch.nn.Module]]:
     modules = dict(model.named_modules())
     for name, layer in modules.items():
-        if vllm_parts.is_attention(layer) and _derives(layer):
+        if is_attention(layer) and _derives(layer):
             yield layer, modules[name.rpartition(".")[0]]
 
 
 def _derives(layer: Any) -> bool:
-    own = not (vllm_parts.is_plain_attention(layer) or _only_shows(layer))
+    own = not (is_plain_attention(layer) or _only_shows(layer))
     hook = getattr(type(getattr(layer, "impl", None)), "process_weights_after_loading", None)
     return own or _sinks(layer) is not None or (hook is not None and not _does_nothing(hook))
 
@@ -80,7 +80,7 @@ def _only_shows(layer: Any) -> bool:
 def _derive(layer: Any, parent: torch.nn.Module, dtype: torch.dtype) -> None:
     """Run vLLM's own code; the tensors stay where captured graphs read them."""
     impl: Any = getattr(layer, "impl", None)
-    if vllm_parts.is_plain_attention(layer):  # its own hook would set KV scales back that were measured since
+    if is_plain_attention(layer):  # its own hook would set KV scales back that were measured since
         in_place(impl, lambda: impl.process_weights_after_loading(dtype))
     else:
         held = impl if impl is not None else layer

@@ -28,11 +28,11 @@ from lorasync.errors import (
 )
 from lorasync.kernels import PendingMerge
 from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.device import beside_the_engine, wait_for, wait_for_stream
 from lorasync.receive.load import LoadApplier
 from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport.cuda_ipc import Openings, gpu_of
 from lorasync.version import __version__
-from lorasync.vllm_seam import lora as vllm_parts
 from lorasync.vllm_seam.layout import check_layout
 from lorasync.wire import (
     PROTOCOL,
@@ -197,7 +197,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             else:
                 applier.receive(_without_merges(bucket))
             if update.gpu:  # once it has its answer the trainer writes there again
-                vllm_parts.wait_for_stream(self.device)
+                wait_for_stream(self.device)
             if update.op == "bucket":
                 self._digests.append(found_digest)
             return {"digest": found_digest}
@@ -215,7 +215,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _stage_beside(self, control: Control) -> None:
         """Stage a bucket while the engine generates; the answer in the mailbox is all that comes of it."""
-        with contextlib.suppress(Exception), vllm_parts.beside_the_engine(self.device):
+        with contextlib.suppress(Exception), beside_the_engine(self.device):
             box = Mailbox.open(control.mailbox)
             self._answering(control.call, lambda: self._bucket(self.parse_update_info(control.bucket)), box)
 
@@ -246,7 +246,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             self._outdate_others(control.session)
             applier.commit(control.version, control.in_flight)
             if not self._here:
-                vllm_parts.wait_for(self.device)  # what fails on a GPU fails here, not in the first request
+                wait_for(self.device)  # what fails on a GPU fails here, not in the first request
         except BaseException:
             self._abort(applier)
             raise
@@ -267,7 +267,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         except BaseException:
             self._abort(applier)
             raise
-        vllm_parts.wait_for(self.device)
+        wait_for(self.device)
         self._before, self.version = self.version, control.version
         return {}
 

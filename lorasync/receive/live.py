@@ -16,7 +16,7 @@ from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive.derived import Derived, derived_elsewhere
 from lorasync.receive.recorder import storage_key
 from lorasync.receive.reload import can_be_fresh
-from lorasync.vllm_seam import lora as vllm_parts
+from lorasync.vllm_seam.layers import is_plain_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -92,7 +92,7 @@ class LiveModel:
         if live is None or param in self.plan.computed or live.dtype != dtype:
             return False
         same = tuple(live.shape) == layout.shape and tuple(live.stride()) == layout.stride
-        return same and vllm_parts.is_plain_layer(self.layer(layer_name(param)))
+        return same and is_plain_layer(self.layer(layer_name(param)))
 
     def _sorted(self) -> tuple[dict[str, Unit], tuple[Unit, ...]]:
         """Layers with a parameter that is fed and no plain slice; joined where they share a checkpoint name."""

@@ -1,8 +1,7 @@
-"""What differs between vLLM's versions, one function each."""
+"""VLLM's LoRA slots: adapters that are made from tensors, and the manager that holds them in a worker."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,67 +9,7 @@ import torch
 from lorasync.errors import UnmergeableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-
-def is_plain_layer(layer: torch.nn.Module) -> bool:
-    """Whether the layer keeps its weights as its loader wrote them: no quantization, no repacking."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    if hasattr(layer, "_cpu_unpacked_conv_weight"):  # a convolution's weight is packed where it lies
-        return False
-    method = getattr(layer, "quant_method", None)
-    return method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-
-
-def is_attention(layer: torch.nn.Module) -> bool:
-    """Whether it is an attention layer that vLLM processes after all others."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
-
-
-def is_plain_attention(layer: torch.nn.Module) -> bool:
-    """Whether the layer itself derives nothing from weights; its backend may."""
-    from vllm.model_executor.layers.attention import Attention
-
-    own = type(layer).process_weights_after_loading  # type: ignore[attr-defined]
-    return own is Attention.process_weights_after_loading
-
-
-def repack_for_cpu(layer: torch.nn.Module) -> None:
-    """Let a CPU layer that keeps a packed copy beside its weight pack it anew (a tied ``lm_head``, for one)."""
-    held: Any = layer
-    if hasattr(held, "cpu_linear") and held.weight.numel():
-        held.quant_method.process_weights_after_loading(held)
-
-
-@contextmanager
-def beside_the_engine(device: torch.device) -> Iterator[None]:
-    """On another thread than the engine's: its device, and a stream of its own that is done at the end of the block."""
-    if device.type != "cuda":
-        yield
-        return
-    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield
-        stream.synchronize()
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until everything that was launched on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def wait_for_stream(device: torch.device) -> None:
-    """Wait until what this thread has launched is done."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
-# -------------------------------------------------------------------------------------------- LoRA slots
+    from collections.abc import Mapping
 
 
 def permitted_rank(rank: int) -> int:
