@@ -142,7 +142,7 @@ _LAYOUT = [
 ]  # fmt: skip
 
 _VERIFY = [
-    _fact("verify.py", "vllm:SamplingParams", (), takes(0, "temperature", "max_tokens", "logprobs")),
+    _fact("vllm_seam/sampling.py", "vllm:SamplingParams", (), takes(0, "temperature", "max_tokens", "logprobs")),
     _fact("verify.py", f"{LLM}.llm_engine", ()),
     _fact("verify.py", f"{LLM}.generate", (), takes(2, "use_tqdm", "lora_request")),
     _fact("verify.py", f"{ASYNC_LLM}.generate", (), takes(3, "lora_request")),

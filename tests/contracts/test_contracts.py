@@ -52,6 +52,16 @@ def test_every_import_from_vllm_is_listed() -> None:
     assert not missing, "add them to tests/contracts/facts_*.py:\n" + "\n".join(missing)
 
 
+def test_only_the_seam_and_the_classes_that_vllm_takes_import_it() -> None:
+    importers = {
+        str(path.relative_to(REPOSITORY / "lorasync"))
+        for path in usage.files()
+        if usage.imports(ast.parse(path.read_text()))
+    }
+    outside = {name for name in importers if not name.startswith("vllm_seam/")}
+    assert outside == {"plugin.py", "push/adapter_request.py", "receive/engine.py", "targets/llm.py"}
+
+
 def test_every_attribute_of_vllms_objects_is_listed() -> None:
     listed = {fact.name for fact in FACTS} | {
         word for fact in FACTS for word in re.findall(r"\w+", fact.what)
