@@ -7,7 +7,7 @@ as uninitialized memory. Here loaders write into real parameters, as when the en
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +15,6 @@ from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive.recorder import Writes
 from lorasync.receive.windows import covered
 from lorasync.vllm_seam import reload
-from lorasync.vllm_seam.layers import quant_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +39,7 @@ class FreshLayer:
 
     def process(self) -> None:
         """Quantize and repack, as vLLM does after loading."""
-        reload.forget_processing(self.layer)
-        if quant_method(self.layer) is None:
-            return
-        in_place(self.layer, lambda: reload.process(self.layer))
-        reload.finish_processing(self.layer)
+        reload.process(self.layer)
 
     def check(self, name: str) -> None:
         """Say, before anything is overwritten, whether what was made fits where it has to go.
@@ -112,23 +107,6 @@ def load_counted(
             wrong.append(Mismatch(name, f"{found} elements loaded", str(elements), fix))
     if wrong:
         raise MismatchError("A layer was not loaded as the load plan says.", wrong)
-
-
-def in_place(held: Any, run: Callable[[], object]) -> None:
-    """Run what may give ``held`` other tensors, and leave those of the same layout where they were: graphs read there."""
-    before = {n: t for n, t in vars(held).items() if isinstance(t, torch.Tensor)}
-    run()
-    with torch.no_grad():
-        for name, old in before.items():
-            new = vars(held).get(name)
-            if (
-                new is not None
-                and new is not old
-                and isinstance(new, torch.Tensor)
-                and _layout(new) == _layout(old)
-            ):
-                old.copy_(new)
-                vars(held)[name] = old
 
 
 def can_be_fresh(layer: torch.nn.Module, params: Sequence[str]) -> bool:

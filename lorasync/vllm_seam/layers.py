@@ -1,4 +1,4 @@
-"""Layers of a served model: what packs their weights, and what vLLM derives from these."""
+"""Layers of a served model, and what packs their weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,6 @@ def is_plain_layer(layer: torch.nn.Module) -> bool:
         return False
     method = getattr(layer, "quant_method", None)
     return method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-
-
-def is_attention(layer: torch.nn.Module) -> bool:
-    """Whether it is an attention layer that vLLM processes after all others."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
-
-
-def is_plain_attention(layer: torch.nn.Module) -> bool:
-    """Whether the layer itself derives nothing from weights; its backend may."""
-    from vllm.model_executor.layers.attention import Attention
-
-    own = type(layer).process_weights_after_loading  # type: ignore[attr-defined]
-    return own is Attention.process_weights_after_loading
 
 
 def repack_for_cpu(layer: torch.nn.Module) -> None:

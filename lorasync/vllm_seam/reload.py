@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.vllm_seam.in_place import in_place
 from lorasync.vllm_seam.layers import quant_method
 
 if TYPE_CHECKING:
@@ -45,19 +46,14 @@ def fresh_parameters(layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
         yield name, made
 
 
-def forget_processing(layer: Any) -> None:
-    """Let vLLM process a layer that it takes for processed."""
+def process(layer: Any) -> None:
+    """Quantize and repack a layer that has been loaded, as vLLM does when an engine starts."""
     if hasattr(layer, "_already_called_process_weights_after_loading"):
         del layer._already_called_process_weights_after_loading
-
-
-def process(layer: torch.nn.Module) -> None:
-    """Quantize and repack, as vLLM does after loading; the layer must have a `quant_method`."""
-    quant_method(layer).process_weights_after_loading(layer)
-
-
-def finish_processing(layer: Any) -> None:
-    """Do what vLLM does to a processed layer when an engine starts, and not again after a reload."""
+    method = quant_method(layer)
+    if method is None:
+        return
+    in_place(layer, lambda: method.process_weights_after_loading(layer))
     _prepack_experts_for_cpu(layer)
     if hasattr(layer, "update_param_tp_status"):
         layer.update_param_tp_status()

@@ -110,12 +110,12 @@ _RELOAD = [
     _fact("receive/reload.py", f"{EXPERTS}._setup_kernel", (), says("prefer_copy"), "copies reloaded experts into their old storage", until="0.32", instead="copied by FreshLayer.close"),
     _fact("vllm_seam/layers.py", f"{LAYERS}.linear:UnquantizedLinearMethod", WEIGHTS),
     _fact("vllm_seam/layers.py", f"{LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod", WEIGHTS),
-    _fact("vllm_seam/layers.py", f"{LAYERS}.attention_layer_base:AttentionLayerBase", WEIGHTS),
-    _fact("vllm_seam/layers.py", f"{LAYERS}.attention:Attention", WEIGHTS),
-    _fact("vllm_seam/layers.py", f"{LAYERS}.attention:Attention.process_weights_after_loading", WEIGHTS, takes(1)),
+    _fact("vllm_seam/attention.py", f"{LAYERS}.attention_layer_base:AttentionLayerBase", WEIGHTS),
+    _fact("vllm_seam/attention.py", f"{LAYERS}.attention:Attention", WEIGHTS),
+    _fact("vllm_seam/attention.py", f"{LAYERS}.attention:Attention.process_weights_after_loading", WEIGHTS, takes(1)),
     _fact("vllm_seam/layers.py", f"{LAYERS}.utils", WEIGHTS, says("cpu_linear"), "keeps packed weights behind cpu_linear"),
     _fact("vllm_seam/layers.py", f"{LAYERS}.utils", WEIGHTS, says("_cpu_unpacked_conv_weight"), "keeps unpacked convolutions as _cpu_unpacked_conv_weight"),
-    _fact("receive/derived.py", "vllm.v1.attention.backend:AttentionImplBase.process_weights_after_loading", WEIGHTS, takes(1)),
+    _fact("vllm_seam/attention.py", "vllm.v1.attention.backend:AttentionImplBase.process_weights_after_loading", WEIGHTS, takes(1)),
 ]  # fmt: skip
 
 _LORA = [
