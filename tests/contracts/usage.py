@@ -38,12 +38,11 @@ ROOTS = {
     "lorasync/push/plan.py": {"lora"},
     "lorasync/verify.py": {"llm", "o"},
     "lorasync/vllm_seam/layout.py": {"parallel"},
-    "lorasync/vllm_seam/lora.py": {"manager", "helper", "mapper", "built"},
+    "lorasync/vllm_seam/lora.py": {"self._manager", "cache", "helper", "mapper", "built"},
     "lorasync/vllm_seam/reload.py": {"method", "info", "layerwise", "meta", "sanitize", "kernel"},
     "lorasync/vllm_seam/build.py": {"config"},
     "lorasync/vllm_seam/config.py": {"config", "quantization"},
     "lorasync/vllm_seam/layers.py": {"method"},
-    "lorasync/receive/adapter.py": {"self._manager", "self._helper", "served.lora"},
     "lorasync/receive/served.py": {"self.config"},
 }
 """Names that stand for vLLM's objects in one file."""
