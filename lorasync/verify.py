@@ -13,6 +13,7 @@ import torch
 
 from lorasync.errors import EngineNotReadyError, SyncTimeoutError, UngatheredError
 from lorasync.targets.event_loop import run_on
+from lorasync.vllm_seam.sampling import greedy
 from lorasync.wire import as_bytes, digest_of_text
 from lorasync.zero import is_sharded
 
@@ -64,10 +65,7 @@ def logprob_gap(
         >>> gap = logprob_gap(model, llm, ["The capital of France is"])  # doctest: +SKIP
         >>> assert gap.mean < 0.05  # doctest: +SKIP
     """
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0)
-    outputs = _generated(llm, prompts, greedy, request or {})
+    outputs = _generated(llm, prompts, greedy(max_tokens=max_tokens, logprobs=0), request or {})
     pairs = [(list(o.prompt_token_ids), list(o.outputs[0].token_ids)) for o in outputs]
     served = [
         torch.tensor([lp[token].logprob for lp, token in zip(o.outputs[0].logprobs, answer, strict=True)])
@@ -155,11 +153,8 @@ def adapter_effect(llm: Any, prompts: Sequence[str], request: dict[str, Any]) ->
 
 def _candidates(llm: Any, prompts: Sequence[str], request: dict[str, Any]) -> list[dict[int, float]]:
     """The likeliest tokens after each prompt, with their log-probabilities."""
-    from vllm import SamplingParams
-
     # Not prompt_logprobs: with an adapter they end a vLLM 0.32 on a CPU.
-    wanted = SamplingParams(temperature=0.0, max_tokens=1, logprobs=10)
-    outputs = _generated(llm, prompts, wanted, request)
+    outputs = _generated(llm, prompts, greedy(max_tokens=1, logprobs=10), request)
     return [{token: at.logprob for token, at in o.outputs[0].logprobs[0].items()} for o in outputs]
 
 
@@ -209,7 +204,7 @@ def base_fingerprint(model: torch.nn.Module) -> str:
         >>> len(base_fingerprint(policy))
         32
     """
-    from lorasync.fingerprint import to_json
+    from lorasync.base_check import to_json
     from lorasync.source import FactorSource, base_samples
 
     return digest_of_text(to_json(base_samples(FactorSource(model))))

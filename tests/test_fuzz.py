@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import lorasync as ls
-from lorasync import fingerprint, wire
+from lorasync import base_check, wire
 from lorasync.errors import LorasyncError, PayloadError
 from lorasync.source import FactorSpec, base_samples
 from tests import fuzz
@@ -91,7 +91,7 @@ def test_handshakes(seed):
     readers = {
         "manifest": (wire.manifest_as_text(MANIFEST), wire.manifest_from_text),
         "spec": (SPEC.to_json(), FactorSpec.from_json),
-        "samples": (fingerprint.to_json(SAMPLES), fingerprint.from_json),
+        "samples": (base_check.to_json(SAMPLES), base_check.from_json),
     }
     for key, (good, read) in readers.items():
         with contextlib.suppress(PayloadError):
@@ -102,10 +102,10 @@ def test_handshakes(seed):
     "change", [{"positions": ["x"]}, {"values": [None]}, {"shape": "ab"}, {"positions": []}, {"dtype": 1}]
 )
 def test_a_sample_of_other_types_or_of_unequal_length_is_none(change):
-    samples = json.loads(fingerprint.to_json(SAMPLES))
+    samples = json.loads(base_check.to_json(SAMPLES))
     name = next(iter(samples))
     with pytest.raises(ValueError, match=re.escape(name)):
-        fingerprint.from_json(json.dumps(samples | {name: samples[name] | change}))
+        base_check.from_json(json.dumps(samples | {name: samples[name] | change}))
 
 
 @few

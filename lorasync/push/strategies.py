@@ -169,7 +169,7 @@ Apply = MergeInWorker | ServeAdapter
 
 def _factors(strategy: Apply, source: Any) -> dict[str, str]:
     """What the workers are told of factors and of the base below them."""
-    from lorasync.fingerprint import to_json
+    from lorasync.base_check import to_json
     from lorasync.source import base_samples
     from lorasync.source.scaling import refuse_rescaled
 

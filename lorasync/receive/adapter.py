@@ -6,30 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.base_check import from_json as samples_from_json
 from lorasync.errors import (
-    EngineNotReadyError,
-    Mismatch,
-    MismatchError,
     PayloadError,
     SyncError,
-    UnmergeableError,
 )
-from lorasync.fingerprint import from_json as samples_from_json
-from lorasync.receive import vllm_parts
+from lorasync.receive.base_check import check_base
 from lorasync.receive.described import Described
-from lorasync.receive.edits import ways_to_merge
+from lorasync.receive.device import wait_for_stream
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
-from lorasync.receive.identity import check_base
 from lorasync.receive.restore import fed_by
+from lorasync.receive.slots import check_modules, slots_for
 from lorasync.receive.staging import Staging, parsed
 from lorasync.source.factors import FactorSpec
+from lorasync.vllm_seam.lora import peft_helper
 from lorasync.wire import ADAPTER_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from lorasync.fingerprint import WeightSample
-    from lorasync.receive.plan import ManifestEntry
+    from lorasync.base_check import WeightSample
+    from lorasync.receive.load_plan import ManifestEntry
     from lorasync.receive.served import ServedModel
     from lorasync.receive.windows import Row
 
@@ -45,11 +42,9 @@ class AdapterApplier:
     ) -> None:
         self._served = served
         self._spec = parsed(FactorSpec.from_json, wanted, "spec")
-        self._manager = _manager_of(served, self._spec)
-        _refuse_what_slots_cannot_hold(self._spec)
-        _check_rank(self._spec, served.lora.max_lora_rank)
-        self._helper = vllm_parts.peft_helper(self._spec.config, served.lora)
-        self._check_modules([name for name, _, _ in manifest])
+        self._slots = slots_for(self._spec, served)
+        self._helper = peft_helper(self._spec.config, served.lora)
+        check_modules([name for name, _, _ in manifest], self._slots)
         self._notes: list[str] = []
         if not parsed(bool, wanted, "other_base"):
             self._check_base(parsed(samples_from_json, wanted, "samples"))
@@ -57,7 +52,7 @@ class AdapterApplier:
             manifest,
             torch.device("cpu"),
             pinned=served.device.type == "cuda",
-            dtype=served.lora.lora_dtype,
+            dtype=self._slots.dtype,
         )
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._previous = -1
@@ -65,15 +60,15 @@ class AdapterApplier:
 
     def describe(self) -> Described:
         return Described(
-            capacity=int(self._manager.capacity),
+            capacity=self._slots.capacity,
             held=self._current > 0,
-            others=len(self._manager.list_adapters()) - len(self._ours()),
+            others=len(self._slots.held()) - len(self._ours()),
             notes=tuple(self._notes),
         )
 
     def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._staging.add(tensors)
-        vllm_parts.wait_for_stream(self._served.device)  # the host reads it, to scale it
+        wait_for_stream(self._served.device)  # the host reads it, to scale it
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
         raise PayloadError("Serving an adapter needs no base from the trainer.")
@@ -119,18 +114,15 @@ class AdapterApplier:
 
     def _ours(self) -> set[int]:
         """The versions that the workers hold, also those of an earlier connection that were in use when it ended."""
-        held = self._manager.list_adapters().items()
-        return {number - ADAPTER_IDS for number, adapter in held if vllm_parts.is_pushed(adapter)}
+        return {number - ADAPTER_IDS for number in self._slots.pushed()}
 
     def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         number = ADAPTER_IDS + version
         if version not in self._ours():
             self._refuse_taken(number)
-            model, config = self._served.model, self._served.config
-            adapter = vllm_parts.lora_model(number, tensors, self._helper, model=model, config=config)
-            self._manager.add_adapter(adapter)
+            self._slots.add(number, tensors, self._helper)
         self._pin(version)
-        self._manager.activate_adapter(number)
+        self._slots.activate(number)
 
     def _pin(self, newest: int) -> None:
         """Our paths lead nowhere: dropped to make room, a version could not be loaded again, which ends the engine.
@@ -138,12 +130,12 @@ class AdapterApplier:
         One place stays unpinned for a user's own adapter, which can't be loaded otherwise, and that ends it as well.
         """
         older = sorted(self._ours() - {newest}, reverse=True)
-        places = max(int(self._manager.capacity) - 1, 1)
+        places = max(self._slots.capacity - 1, 1)
         for rank, version in enumerate([newest, *older]):
-            vllm_parts.keep_in_cache(self._manager, ADAPTER_IDS + version, pinned=rank < places)
+            self._slots.keep_in_cache(ADAPTER_IDS + version, pinned=rank < places)
 
     def _check_room(self, version: int, keep: set[int]) -> None:
-        capacity = int(self._manager.capacity)
+        capacity = self._slots.capacity
         if len(keep) >= capacity:
             raise SyncError(
                 f"max_cpu_loras: got {capacity}, expected room for version {version} beside {sorted(keep)}, which "
@@ -152,7 +144,7 @@ class AdapterApplier:
 
     def _refuse_taken(self, number: int) -> None:
         """VLLM would keep what it has under this id, and serve that."""
-        if number in self._manager.list_adapters():
+        if number in self._slots.held():
             raise SyncError(
                 f"lora_int_id: got an adapter of somebody else's under {number}, expected none from {ADAPTER_IDS + 1} on: "
                 "these ids are lorasync's. Remove it (remove_lora), or count your own from 1 on."
@@ -160,21 +152,7 @@ class AdapterApplier:
 
     def _retire_all_but(self, versions: Collection[int]) -> None:
         for version in self._ours() - set(versions):
-            self._manager.remove_adapter(ADAPTER_IDS + version)
-
-    def _check_modules(self, names: list[str]) -> None:
-        """VLLM ignores the factors of a module that it has no LoRA layer for, without a word."""
-        served = vllm_parts.lora_module_names(self._manager)
-        wrong = []
-        for name in names:
-            module = vllm_parts.lora_module_of(name, self._served.model)
-            if module not in served:
-                fix = "Train without this module, or use MergedSource or MergeInWorker."
-                wrong.append(
-                    Mismatch(name, f"factors for {module}", "a module with a LoRA layer in this engine", fix)
-                )
-        if wrong:
-            raise MismatchError("The engine would ignore part of the adapter; nothing was touched.", wrong)
+            self._slots.remove(ADAPTER_IDS + version)
 
     def _check_base(self, found: Mapping[str, WeightSample]) -> None:
         samples = {n: s for n, s in found.items() if n not in self._spec.ties}
@@ -210,47 +188,4 @@ def _refuse_changed(params: Collection[str]) -> None:
         raise SyncError(
             f"{param}: the engine serves weights of an earlier push, expected the base that was trained on. Restart the "
             "engine, or use MergeInWorker or MergedSource."
-        )
-
-
-def _manager_of(served: ServedModel, spec: FactorSpec) -> Any:
-    if served.lora is None:
-        rank = max((m.r for m in spec.modules), default=8)
-        raise EngineNotReadyError(
-            "enable_lora: got False, expected True: ServeAdapter needs LoRA slots. Start the engine with "
-            f"LLM(..., enable_lora=True, max_lora_rank={vllm_parts.permitted_rank(rank)}), or use MergeInWorker."
-        )
-    return served.model.lora_manager
-
-
-def _check_rank(spec: FactorSpec, largest: int) -> None:
-    rank = max((m.r for m in spec.modules), default=0)
-    if rank > largest:
-        fix = f"Start the engine with max_lora_rank={vllm_parts.permitted_rank(rank)}, or use MergeInWorker."
-        raise MismatchError(
-            "The adapter is too large for the engine's LoRA slots.",
-            [Mismatch("max_lora_rank", str(largest), f"at least {rank}, the adapter's rank", fix)],
-        )
-
-
-def _refuse_what_slots_cannot_hold(spec: FactorSpec) -> None:
-    """VLLM's LoRA layers compute W·x + s·B·A·x, and nothing else.
-
-    Raises:
-        UnmergeableError: naming what is more than that, and the strategies that work.
-    """
-    problems = [f"{m.weight}: DoRA" for m in spec.modules if m.dora]
-    problems += [
-        f"{m.weight}: {m.kind} factors" for m in spec.modules if m.kind not in ("linear", "embedding")
-    ]
-    problems += [f"{b.weight}: a trained bias" for b in spec.biases]
-    problems += [f"{r.weight}: trained tokens" for r in spec.rows]
-    problems += [f"{s.weight}: trained whole" for s in spec.saved]
-    if spec.base_changed_by:
-        problems.append(f"init_lora_weights={spec.base_changed_by!r}: it changed the base")
-    if problems:
-        raise UnmergeableError(
-            "vLLM's LoRA slots can't hold this adapter: "
-            + "; ".join(problems[:8])
-            + f". Use {ways_to_merge(spec)}."
         )

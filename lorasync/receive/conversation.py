@@ -16,13 +16,13 @@ from lorasync.errors import (
     SyncTimeoutError,
 )
 from lorasync.kernels import PendingMerge
-from lorasync.layout import check_layout
-from lorasync.receive import vllm_parts
 from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.device import beside_the_engine, wait_for, wait_for_stream
 from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport import in_process
 from lorasync.transport.cuda_ipc import gpu_of
 from lorasync.transport.receivers import Receivers
+from lorasync.vllm_seam.layout import check_layout
 from lorasync.wire import (
     PROBE,
     Abort,
@@ -200,7 +200,7 @@ class Conversation:
             else:
                 applier.receive(_without_merges(bucket))
             if not self._handed_over:  # once it has its answer the trainer writes there again
-                vllm_parts.wait_for_stream(self.served.device)
+                wait_for_stream(self.served.device)
             digest = "" if self._handed_over else message.digest
             if message.kind == "bucket":
                 self._digests.append(digest)
@@ -210,7 +210,7 @@ class Conversation:
             raise
 
     def _staged_beside(self, applier: Applier, message: BucketMessage, payload: Any) -> str:
-        with vllm_parts.beside_the_engine(self.served.device):
+        with beside_the_engine(self.served.device):
             return self._taken(applier, message, payload)
 
     def _collected(self, message: Collect) -> str | None:
@@ -259,9 +259,7 @@ class Conversation:
             self._replace_others()
             applier.commit(message.version, message.in_flight)
             if not self._handed_over:
-                vllm_parts.wait_for(
-                    self.served.device
-                )  # what fails on a GPU fails here, not in the first request
+                wait_for(self.served.device)  # what fails on a GPU fails here, not in the first request
         except BaseException:
             self._abort(applier)
             raise
@@ -296,7 +294,7 @@ class Conversation:
         except BaseException:
             self._abort(applier)
             raise
-        vllm_parts.wait_for(self.served.device)
+        wait_for(self.served.device)
         self._before, self.version = self.version, message.version
         return ""
 

@@ -9,7 +9,7 @@ import torch
 
 from lorasync.kernels import GroupedMerge, PendingMerge
 from lorasync.lent import Recurring
-from lorasync.receive.base import Rectangle, is_rectangle
+from lorasync.receive.windows import Rectangle, is_rectangle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

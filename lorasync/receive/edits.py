@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from lorasync.errors import UnmergeableError
+from lorasync.merge import add_delta, merge_low_rank, replace_rows
 from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
 
 Edit = FactorModule | FactorBias | FactorRows | FactorSaved
 
@@ -17,6 +24,21 @@ def edits_by_weight(spec: FactorSpec) -> dict[str, list[Edit]]:
     for edit in every:
         edits[edit.weight].append(edit)
     return dict(edits)
+
+
+def edited(weight: torch.Tensor, edits: Iterable[Edit], factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Make these edits of a whole weight, with these factors."""
+    for edit in edits:
+        if isinstance(edit, FactorModule):
+            magnitude = factors[edit.magnitude] if edit.magnitude else None
+            weight = merge_low_rank(edit.how, weight, factors[edit.a], factors[edit.b], magnitude)
+        elif isinstance(edit, FactorRows):
+            weight = replace_rows(weight, edit.rows, factors[edit.tensor])
+        elif isinstance(edit, FactorBias):
+            weight = add_delta(weight, factors[edit.tensor] * edit.scaling)
+        else:
+            weight = factors[edit.tensor]
+    return weight
 
 
 def not_mergeable(spec: FactorSpec) -> list[str]:

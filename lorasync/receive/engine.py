@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from lorasync.errors import LorasyncError, SyncError
-from lorasync.layout import rank_in_engine, workers_of
 from lorasync.receive.conversation import Conversation
 from lorasync.receive.served import ServedModel
-from lorasync.receive.vllm_parts import in_context_of
+from lorasync.vllm_seam.config import in_context_of
+from lorasync.vllm_seam.layout import rank_in_engine, workers_of
 from lorasync.wire import (
     Answer,
     BucketMessage,

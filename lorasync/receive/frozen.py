@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from lorasync.receive.plan import LoadPlan
+    from lorasync.receive.load_plan import LoadPlan
 
 _BESIDE_THE_TEXT = (
     "vision",

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive import vllm_parts
 from lorasync.receive.derived import Derived, derived_elsewhere
-from lorasync.receive.direct import DirectWrites
 from lorasync.receive.recorder import storage_key
 from lorasync.receive.reload import can_be_fresh
+from lorasync.vllm_seam.layers import is_plain_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import torch
 
-    from lorasync.receive.plan import LoadPlan
-    from lorasync.receive.windows import Slice
+    from lorasync.receive.load_plan import LoadPlan
+    from lorasync.receive.windows import Row, Slice
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,14 @@ class LiveModel:
         loaded_anew = frozenset[str]().union(*(unit.params for unit in self.units))
         self.direct = frozenset(n for n in plan.layouts if n not in loaded_anew and self._is_direct(n))
         self._derived = Derived(model, model_config.dtype)
-        self.writes = DirectWrites(self)
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
         """The window of a direct parameter that a row of the plan writes to."""
         return target.view(self._tensors[param].data)
+
+    def direct_rows(self, names: Iterable[str]) -> list[Row]:
+        """The rows of the plan by which these checkpoint tensors go into direct parameters."""
+        return [row for name in names for row in self.plan.rows_of(name) if row.param in self.direct]
 
     def layer(self, name: str) -> torch.nn.Module:
         return self._layers[name]
@@ -90,7 +92,7 @@ class LiveModel:
         if live is None or param in self.plan.computed or live.dtype != dtype:
             return False
         same = tuple(live.shape) == layout.shape and tuple(live.stride()) == layout.stride
-        return same and vllm_parts.is_plain_layer(self.layer(layer_name(param)))
+        return same and is_plain_layer(self.layer(layer_name(param)))
 
     def _sorted(self) -> tuple[dict[str, Unit], tuple[Unit, ...]]:
         """Layers with a parameter that is fed and no plain slice; joined where they share a checkpoint name."""

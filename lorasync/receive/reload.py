@@ -7,13 +7,14 @@ as uninitialized memory. Here loaders write into real parameters, as when the en
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive.recorder import Writes
 from lorasync.receive.windows import covered
+from lorasync.vllm_seam import reload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,24 +31,15 @@ class FreshLayer:
         self._before = dict(layer._parameters)  # with what is None, which forward asks for
         self._kernel = {n: p for n, p in layer._parameters.items() if p is not None}
         self._buffers = {n: b for n, b in layer._buffers.items() if b is not None}
-        fresh = dict(_fresh_parameters(layer))
-        for name in self._kernel.keys() - _stay() - fresh.keys():
+        fresh = dict(reload.fresh_parameters(layer))
+        for name in self._kernel.keys() - reload.never_reloaded() - fresh.keys():
             del layer._parameters[name]
         for name, param in fresh.items():
             layer._parameters[name] = param
 
     def process(self) -> None:
         """Quantize and repack, as vLLM does after loading."""
-        held: Any = self.layer
-        if hasattr(held, "_already_called_process_weights_after_loading"):
-            del held._already_called_process_weights_after_loading
-        method = _quant_method(self.layer)
-        if method is None:
-            return
-        in_place(held, lambda: method.process_weights_after_loading(held))
-        _prepack_experts_for_cpu(held)
-        if hasattr(held, "update_param_tp_status"):
-            held.update_param_tp_status()
+        reload.process(self.layer)
 
     def check(self, name: str) -> None:
         """Say, before anything is overwritten, whether what was made fits where it has to go.
@@ -117,81 +109,15 @@ def load_counted(
         raise MismatchError("A layer was not loaded as the load plan says.", wrong)
 
 
-def in_place(held: Any, run: Callable[[], object]) -> None:
-    """Run what may give ``held`` other tensors, and leave those of the same layout where they were: graphs read there."""
-    before = {n: t for n, t in vars(held).items() if isinstance(t, torch.Tensor)}
-    run()
-    with torch.no_grad():
-        for name, old in before.items():
-            new = vars(held).get(name)
-            if (
-                new is not None
-                and new is not old
-                and isinstance(new, torch.Tensor)
-                and _layout(new) == _layout(old)
-            ):
-                old.copy_(new)
-                vars(held)[name] = old
-
-
 def can_be_fresh(layer: torch.nn.Module, params: Sequence[str]) -> bool:
     """Whether vLLM has kept what these parameters of a layer looked like before they were processed."""
-    recorded = _recorded(layer)[0]
-    return all(name in recorded or name in _stay() for name in params)
-
-
-def _fresh_parameters(layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    from vllm.model_executor.model_loader.reload import layerwise, meta, sanitize
-
-    recorded, device = _recorded(layer)
-    for name, param in recorded.items():
-        if name in _stay():
-            continue
-        with torch.device(device):
-            made: Any = meta.materialize_meta_tensor(param)
-        made.zero_()  # padding is not loaded
-        sanitize.restore_layer_refs(made, layer)
-        if hasattr(made, "weight_loader"):
-            made.weight_loader = layerwise._get_original_loader(made)
-        yield name, made
-
-
-def _recorded(layer: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.device]:
-    """What the constructor made of a layer, on meta, and the device that it was for."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    info = layerwise.get_layerwise_info(layer)
-    return info.restore_metadata[0], info.restore_device
-
-
-def _stay() -> frozenset[str]:
-    from vllm.model_executor.model_loader.reload import meta
-
-    return frozenset(getattr(meta, "SKIP_TENSORS", ()))
+    kept = reload.as_constructed(layer)[0].keys() | reload.never_reloaded()
+    return kept.issuperset(params)
 
 
 def _own_tensors(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((n, p) for n, p in layer._parameters.items() if p is not None)
     yield from ((n, b) for n, b in layer._buffers.items() if b is not None)
-
-
-def _quant_method(layer: torch.nn.Module) -> Any:
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-    method = getattr(layer, "quant_method", None)
-    return method if isinstance(method, QuantizeMethodBase) else None
-
-
-def _prepack_experts_for_cpu(layer: Any) -> None:
-    """On a CPU vLLM packs experts when their kernel is first set up, and not again after a reload (read in 0.32)."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    method: Any = layer.quant_method
-    if not isinstance(method, UnquantizedFusedMoEMethod) or layer.w13_weight.device.type != "cpu":
-        return
-    kernel: Any = method.moe_kernel
-    if kernel is not None:  # up to 0.26 there is none, and packing is a part of the processing
-        kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _layout(tensor: torch.Tensor | None) -> str:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.receive.live import LiveModel, Unit
-    from lorasync.receive.plan import LoadPlan, Row
+    from lorasync.receive.load_plan import LoadPlan, Row
+
+LOAD_BYTES = 32 << 20
+"""Weights that wait for vLLM's loader at once, if a single layer has not more."""
 
 
 class Restore:
@@ -45,26 +48,24 @@ class Restore:
         """The checkpoint names whose base is needed."""
         return frozenset(row.name for row in self.rows).union(*(unit.names for unit in self.units))
 
-    def write(
-        self, part: Callable[[Row], torch.Tensor], stored: Callable[[str], torch.Tensor], load_bytes: int
-    ) -> None:
+    def write(self, part: Callable[[Row], torch.Tensor], stored: Callable[[str], torch.Tensor]) -> None:
         """Write the base, from parts for rows of the plan and from whole tensors for layers that are loaded anew."""
         for row in self.rows:
             self._live.live_slice(row.param, row.target).copy_(part(row))
         writer = LiveWriter(self._live)
-        for names in loads(self._live, self.units, load_bytes):
+        for names in loads(self._live, self.units):
             writer.write({name: stored(name) for name in names})
         writer.finish()
         self._live.refresh({row.param for row in self.rows})
 
 
-def loads(live: LiveModel, units: Collection[Unit], load_bytes: int) -> Iterator[list[str]]:
-    """What goes through vLLM's loader at once: whole layers, as each call of the loader walks the whole model."""
+def loads(live: LiveModel, units: Collection[Unit]) -> Iterator[list[str]]:
+    """Yield the names that go through vLLM's loader at once: of whole layers, as each call walks the whole model."""
     names: list[str] = []
     size = 0
     for unit in units:
         of_unit = sum(live.plan.written[p] * live.plan.layouts[p][1].itemsize for p in unit.params)
-        if names and size + of_unit > load_bytes:
+        if names and size + of_unit > LOAD_BYTES:
             yield names
             names, size = [], 0
         names = names + sorted(unit.names)

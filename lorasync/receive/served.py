@@ -6,10 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive.base import CheckpointBases, CopiedBases, has_checkpoint
+from lorasync.receive.bases import CheckpointBases, CopiedBases, has_checkpoint
 from lorasync.receive.live import LiveModel
-from lorasync.receive.plan import LoadPlan, ManifestEntry, record_plan
+from lorasync.receive.load_plan import LoadPlan, ManifestEntry, record_plan
 from lorasync.receive.twin import build_twin
+from lorasync.vllm_seam.config import loads_random_weights, quantization_of, speculation_of
+from lorasync.vllm_seam.layers import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -94,15 +96,6 @@ class ServedModel:
         return LiveModel(self.model, self.model_config, plan)
 
 
-def quantization_of(vllm_config: Any) -> str:
-    """What vLLM calls the quantization of the weights that it serves; empty if there is none."""
-    config = getattr(vllm_config, "quant_config", None)
-    if config is None:
-        return ""
-    name = getattr(config, "get_name", None)
-    return str(name() if callable(name) else type(config).__name__)
-
-
 def refuse_quantized(vllm_config: Any, twin: torch.nn.Module, *, what: str) -> None:
     """Refuse an engine whose checkpoint is quantized; one that quantizes 16-bit weights as it loads them takes them.
 
@@ -110,7 +103,7 @@ def refuse_quantized(vllm_config: Any, twin: torch.nn.Module, *, what: str) -> N
         MismatchError: naming the quantization and what works.
     """
     name = quantization_of(vllm_config)
-    if not name or not any(map(_is_quantized, twin.modules())):
+    if not name or not any(map(is_quantized, twin.modules())):
         return
     raise MismatchError(
         f"The engine serves quantized weights; {what} are 16-bit ones. Nothing was touched.",
@@ -127,43 +120,22 @@ def refuse_quantized(vllm_config: Any, twin: torch.nn.Module, *, what: str) -> N
 
 
 def changed_at_start(vllm_config: Any, model: torch.nn.Module) -> set[str]:
-    """The parameters that do not hold the checkpoint's weights from the start: all, if the engine loads random ones.
+    """Return the parameters that do not hold the checkpoint's weights from the start: all, if they are random.
 
     Where there is no checkpoint either, what somebody has put into the engine is its base; the handshake compares it.
     """
-    load_format = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
-    if str(getattr(load_format, "value", load_format)) != "dummy" or not has_checkpoint(
-        vllm_config.model_config
-    ):
+    if not loads_random_weights(vllm_config) or not has_checkpoint(vllm_config.model_config):
         return set()
     return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
 
 
 def notes_of(vllm_config: Any) -> list[str]:
-    """What a trainer should know of this engine although nothing is wrong."""
+    """Return what a trainer should know of this engine although nothing is wrong."""
     notes = []
-    method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
+    method = speculation_of(vllm_config)
     if method is not None and method not in _WITHOUT_WEIGHTS:
         notes.append(
             f"speculative decoding ({method}): the drafter keeps its own weights, a push does not reach them. What is "
             "generated is the policy's; drafts that fit it worse make it slower."
         )
     return notes
-
-
-def _is_quantized(layer: torch.nn.Module) -> bool:
-    """Whether a layer's loader expects packed weights."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    plain = (
-        UnquantizedLinearMethod,
-        UnquantizedEmbeddingMethod,
-        UnquantizedFusedMoEMethod,
-        BaseKVCacheMethod,
-    )
-    method = getattr(layer, "quant_method", None)
-    return isinstance(method, QuantizeMethodBase) and not isinstance(method, plain)

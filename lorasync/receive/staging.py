@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from lorasync.kernels import PendingMerge
-    from lorasync.receive.plan import ManifestEntry
+    from lorasync.receive.load_plan import ManifestEntry
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lorasync.kernels import Base, MergeJob
-    from lorasync.receive.plan import Row
+    from lorasync.receive.load_plan import Row
 
 
 class StreamedMerges:

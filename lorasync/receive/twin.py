@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lorasync.errors import SyncError
+from lorasync.vllm_seam.build import build, on_meta
+from lorasync.vllm_seam.layers import quantizes_as_it_loads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,9 +29,7 @@ def build_twin(vllm_config: Any) -> torch.nn.Module:
         SyncError: if the model's constructor can't do without memory.
     """
     twin = _built(vllm_config, quantized=True)
-    quantizes = any(
-        getattr(getattr(layer, "quant_method", None), "uses_meta_device", False) for layer in twin.modules()
-    )
+    quantizes = any(map(quantizes_as_it_loads, twin.modules()))
     return _built(vllm_config, quantized=False) if quantizes else twin
 
 
@@ -38,11 +37,11 @@ def _built(vllm_config: Any, *, quantized: bool) -> torch.nn.Module:
     """On meta altogether; where the constructor reads what it has made (slopes, constants), small tensors are real."""
     try:
         with _registering() as made_now:
-            twin = _initialized(vllm_config, torch.device("meta"), quantized=quantized)
+            twin = build(vllm_config, torch.device("meta"), quantized=quantized)
     except (NotImplementedError, RuntimeError):
         try:
             with _registering() as made_now:
-                twin = _initialized(vllm_config, _WeightsOnMeta(), quantized=quantized)
+                twin = build(vllm_config, _WeightsOnMeta(), quantized=quantized)
         except Exception as error:
             raise _fails_without_memory(vllm_config, error) from error
     _move_to_meta(made_now)  # some constructors name a device of their own
@@ -56,24 +55,6 @@ def _fails_without_memory(vllm_config: Any, error: Exception) -> SyncError:
         "that builds on the meta device: lorasync can't tell where its weights go. Serve another class of "
         'model (model_impl="transformers" is one), or report this. Nothing was touched.'
     )
-
-
-def _initialized(vllm_config: Any, where: Any, *, quantized: bool) -> torch.nn.Module:
-    """Attention layers register themselves by name in the compilation config, so the twin gets a config of its own."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.utils import initialize_model
-
-    config = copy.copy(vllm_config)
-    config.compilation_config = copy.copy(vllm_config.compilation_config)
-    config.compilation_config.static_forward_context = {}
-    config.quant_config = vllm_config.quant_config if quantized else None
-    for registry in ("static_all_moe_layers",):  # absent in old versions
-        if hasattr(config.compilation_config, registry):
-            setattr(config.compilation_config, registry, [])
-    dtype = vllm_config.model_config.dtype
-    with set_current_vllm_config(config), _default_dtype(dtype), _rotary_cache_kept(), where:
-        twin: torch.nn.Module = initialize_model(vllm_config=config)
-    return twin
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -93,15 +74,13 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 def _move_to_meta(modules: Iterable[torch.nn.Module]) -> None:
     """The parameters and buffers of these modules that are real; one that several share stays shared."""
-    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
-
     moved: dict[int, Any] = {}
     for module in modules:
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and not tensor.is_meta:
                     if id(tensor) not in moved:
-                        moved[id(tensor)] = to_meta_tensor(tensor)
+                        moved[id(tensor)] = on_meta(tensor)
                     held[name] = moved[id(tensor)]
 
 
@@ -127,27 +106,3 @@ def _registering() -> Iterator[list[torch.nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _rotary_cache_kept() -> Iterator[None]:
-    """VLLM hands rotary embeddings from one model to the next: none that is on meta may stay in its cache."""
-    from vllm.model_executor.layers import rotary_embedding
-
-    cache: dict[Any, Any] = getattr(rotary_embedding, "_ROPE_DICT", {})
-    before = dict(cache)
-    try:
-        yield
-    finally:
-        cache.clear()
-        cache.update(before)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -49,6 +49,27 @@ class Row:
     target: Slice
 
 
+def is_rectangle(row: Row) -> bool:
+    """Whether a row of the plan reads rows and columns of a two-dimensional tensor."""
+    return len(row.source.shape) == 2 and row.source.stride[1] == 1
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows and columns of a two-dimensional checkpoint tensor."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+
+    @classmethod
+    def of(cls, row: Row, columns: int) -> Rectangle:
+        """The rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
+        top, left = divmod(row.source.offset, columns)
+        height, width = row.source.shape
+        assert row.source.stride in ((columns, 1), (width, 1)), row
+        return cls((top, top + height), (left, left + width))
+
+
 def covered(windows: Iterable[Slice]) -> int:
     """How many elements of one storage the windows cover, each counted once.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasync.errors import SyncError
 from lorasync.kernels import PendingMerge
 from lorasync.lent import made
+from lorasync.receive.direct import DirectWrites
 from lorasync.receive.live import layer_name
 from lorasync.receive.reload import FreshLayer, load_counted
 
@@ -23,10 +24,15 @@ class LiveWriter:
 
     Layers that are loaded anew are never seen half-loaded: until all of their tensors have come they keep their old
     weights.
+
+    Args:
+        live: The served model.
+        writes: What sorts the buckets; kept from push to push, it sorts a bucket that comes again only once.
     """
 
-    def __init__(self, live: LiveModel) -> None:
+    def __init__(self, live: LiveModel, writes: DirectWrites | None = None) -> None:
         self._live = live
+        self._writes = writes if writes is not None else DirectWrites(live)
         self._waiting: dict[Unit, dict[str, torch.Tensor]] = {}
         self._written: set[str] = set()
         self.touched = False
@@ -37,7 +43,7 @@ class LiveWriter:
         Raises:
             MismatchError: if vLLM's loader did not write what the load plan says.
         """
-        direct = self._live.writes.of(tensors)
+        direct = self._writes.of(tensors)
         self.touched |= bool(tensors)
         direct.write()
         self._written |= direct.params

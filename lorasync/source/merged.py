@@ -207,7 +207,7 @@ class MergedSource:
         Raises:
             ImportError: vLLM is not installed.
         """
-        from lorasync.source.weight_source import weight_source
+        from lorasync.vllm_seam.weight_source import weight_source
 
         return weight_source(self)
 

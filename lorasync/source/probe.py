@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasync.fingerprint import positions
+from lorasync.base_check import positions
 from lorasync.lent import addresses
 from lorasync.zero import can_be_sharded
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasync.fingerprint import PIECE_SAMPLES, SAMPLES, WeightSample, positions
+from lorasync.base_check import PIECE_SAMPLES, SAMPLES, WeightSample, positions
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.model import base_of
 from lorasync.source.plan import Slot, slots

@@ -6,11 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, SyncError
-from lorasync.layout import replicas_of, workers_of
 from lorasync.targets.base import METHOD
 from lorasync.targets.event_loop import check_elsewhere, run_on
 from lorasync.targets.front import adapters_of, checked_config
 from lorasync.targets.patience import Patience, dead, death_of
+from lorasync.vllm_seam.layout import replicas_of, workers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

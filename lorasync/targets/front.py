@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorasync.errors import EngineNotReadyError
-from lorasync.layout import check_layout
 from lorasync.plugin import BACKEND
+from lorasync.vllm_seam.layout import check_layout
 from lorasync.wire import ADAPTER_IDS
 
 FLAG = f"""--weight-transfer-config '{{"backend": "{BACKEND}"}}'"""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import SyncError
-from lorasync.layout import is_spread, replicas_of, workers_here
 from lorasync.targets.base import METHOD
 from lorasync.targets.front import adapters_of, checked_config
 from lorasync.targets.patience import Patience, dead, death_of
+from lorasync.vllm_seam.layout import is_spread, replicas_of, workers_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable

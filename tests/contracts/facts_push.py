@@ -128,13 +128,13 @@ _CLIENTS = [
 ]  # fmt: skip
 
 _LAYOUT = [
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_size", ALL),
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.pipeline_parallel_size", ALL),
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.nnodes", ALL),
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.world_size", ALL),
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.distributed_executor_backend", ALL),
-    _fact("layout.py", "vllm.config.parallel:ParallelConfig.enable_expert_parallel", ALL),
-    _fact("layout.py", "vllm.config.parallel:DistributedExecutorBackend", (), offers("external_launcher"), "has external_launcher"),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_size", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.pipeline_parallel_size", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.nnodes", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.world_size", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.distributed_executor_backend", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.enable_expert_parallel", ALL),
+    _fact("vllm_seam/layout.py", "vllm.config.parallel:DistributedExecutorBackend", (), offers("external_launcher"), "has external_launcher"),
     _fact("push/plan.py", f"{LLM}.llm_engine", ()),
     _fact("push/plan.py", f"{LLM_ENGINE}.vllm_config", ()),
     _fact("push/plan.py", f"{CONFIG}:VllmConfig.lora_config", ()),
@@ -142,7 +142,7 @@ _LAYOUT = [
 ]  # fmt: skip
 
 _VERIFY = [
-    _fact("verify.py", "vllm:SamplingParams", (), takes(0, "temperature", "max_tokens", "logprobs")),
+    _fact("vllm_seam/sampling.py", "vllm:SamplingParams", (), takes(0, "temperature", "max_tokens", "logprobs")),
     _fact("verify.py", f"{LLM}.llm_engine", ()),
     _fact("verify.py", f"{LLM}.generate", (), takes(2, "use_tqdm", "lora_request")),
     _fact("verify.py", f"{ASYNC_LLM}.generate", (), takes(3, "lora_request")),
@@ -155,13 +155,13 @@ _VERIFY = [
 ]  # fmt: skip
 
 _SOURCE = [
-    _fact("source/weight_source.py", f"{BASE}:WeightSource", (SOURCE,)),
-    _fact("source/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), starts_with("name", "dtype", "shape"), "= name, dtype, shape by place"),
-    _fact("source/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), takes(3), "needs no more"),
-    _fact("source/weight_source.py", f"{BASE}:WeightSource.iter_full", (SOURCE,), since="0.33", instead="__iter__"),
-    _fact("source/weight_source.py", f"{BASE}:WeightSource.__iter__", (SOURCE,), until="0.32", instead="iter_full"),
-    _fact("source/weight_source.py", f"{BASE}:WeightSource.metadata", (SOURCE,)),
-    _fact("source/weight_source.py", f"{BASE}:WeightSource.__init_subclass__", (SOURCE,), says("cached_property"), "wants metadata to be a cached_property", since="0.33", instead="a method"),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:WeightSource", (SOURCE,)),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), starts_with("name", "dtype", "shape"), "= name, dtype, shape by place"),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:ParamMeta", (SOURCE,), takes(3), "needs no more"),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:WeightSource.iter_full", (SOURCE,), since="0.33", instead="__iter__"),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:WeightSource.__iter__", (SOURCE,), until="0.32", instead="iter_full"),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:WeightSource.metadata", (SOURCE,)),
+    _fact("vllm_seam/weight_source.py", f"{BASE}:WeightSource.__init_subclass__", (SOURCE,), says("cached_property"), "wants metadata to be a cached_property", since="0.33", instead="a method"),
 ]  # fmt: skip
 
 PUSH = (*_PLUGIN, *_LLM, *_ASYNC, *_DEATH, *_REQUESTS, *_CLIENTS, *_LAYOUT, *_VERIFY, *_SOURCE)

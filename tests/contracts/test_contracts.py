@@ -52,6 +52,16 @@ def test_every_import_from_vllm_is_listed() -> None:
     assert not missing, "add them to tests/contracts/facts_*.py:\n" + "\n".join(missing)
 
 
+def test_only_the_seam_and_the_classes_that_vllm_takes_import_it() -> None:
+    importers = {
+        str(path.relative_to(REPOSITORY / "lorasync"))
+        for path in usage.files()
+        if usage.imports(ast.parse(path.read_text()))
+    }
+    outside = {name for name in importers if not name.startswith("vllm_seam/")}
+    assert outside == {"plugin.py", "push/adapter_request.py", "receive/engine.py", "targets/llm.py"}
+
+
 def test_every_attribute_of_vllms_objects_is_listed() -> None:
     listed = {fact.name for fact in FACTS} | {
         word for fact in FACTS for word in re.findall(r"\w+", fact.what)
@@ -87,7 +97,7 @@ def test_what_only_an_import_can_tell() -> None:
 
     from lorasync.push.adapter_request import AdapterRequest
     from lorasync.receive.engine import WorkerEngine
-    from lorasync.receive.vllm_parts import permitted_rank
+    from lorasync.vllm_seam.lora import permitted_rank
 
     assert not WorkerEngine.__abstractmethods__
     request = LoRARequest("a", 1, "b")
@@ -99,7 +109,7 @@ def test_what_only_an_import_can_tell() -> None:
 def test_our_source_is_one_that_the_installed_vllm_takes() -> None:
     _installed()
     base = importlib.import_module("vllm.distributed.weight_transfer.base")
-    ours = importlib.import_module("lorasync.source.weight_source")._Source
+    ours = importlib.import_module("lorasync.vllm_seam.weight_source")._Source
     assert issubclass(ours, base.WeightSource)
     assert not ours.__abstractmethods__
     assert isinstance(vars(ours)["metadata"], cached_property) == hasattr(base.WeightSource, "iter_full")

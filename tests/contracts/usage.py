@@ -37,12 +37,13 @@ ROOTS = {
     "lorasync/push/adapter_request.py": {"request"},
     "lorasync/push/plan.py": {"lora"},
     "lorasync/verify.py": {"llm", "o"},
-    "lorasync/layout.py": {"parallel"},
-    "lorasync/receive/vllm_parts.py": {"manager", "helper", "mapper", "built", "layerwise"},
-    "lorasync/receive/adapter.py": {"self._manager", "self._helper", "served.lora"},
-    "lorasync/receive/twin.py": {"config"},
-    "lorasync/receive/served.py": {"config", "self.config"},
-    "lorasync/receive/reload.py": {"method", "info", "layerwise", "meta", "sanitize"},
+    "lorasync/vllm_seam/layout.py": {"parallel"},
+    "lorasync/vllm_seam/lora.py": {"self._manager", "cache", "helper", "mapper", "built"},
+    "lorasync/vllm_seam/reload.py": {"method", "info", "layerwise", "meta", "sanitize", "kernel"},
+    "lorasync/vllm_seam/build.py": {"config"},
+    "lorasync/vllm_seam/config.py": {"config", "quantization"},
+    "lorasync/vllm_seam/layers.py": {"method"},
+    "lorasync/receive/served.py": {"self.config"},
 }
 """Names that stand for vLLM's objects in one file."""
 

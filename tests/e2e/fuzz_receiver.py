@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import lorasync as ls
-from lorasync import fingerprint, wire
+from lorasync import base_check, wire
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
 from lorasync.push.answers import raise_failed
@@ -73,9 +73,9 @@ class Receiver:
     def _texts(self) -> dict[str, tuple[str, Callable[[str], Any]]]:
         texts: dict[str, Any] = {"manifest": (self.handshake["manifest"], wire.manifest_from_text)}
         if isinstance(self.source, ls.FactorSource):
-            samples = fingerprint.to_json(ls.source.base_samples(self.source))
+            samples = base_check.to_json(ls.source.base_samples(self.source))
             texts["spec"] = (self.source.spec().to_json(), FactorSpec.from_json)
-            texts["samples"] = (samples, fingerprint.from_json)
+            texts["samples"] = (samples, base_check.from_json)
         return texts
 
     def payload(self, chance: random.Random, *, in_file: bool) -> None:

@@ -160,7 +160,7 @@ def bench(request, engine, base, tmp_path_factory) -> Iterator[Bench]:
 def engine_here(base) -> Iterator[Any]:
     """An engine in this process, where what a worker allocates can be made to fail; some layers are written by then."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lorasync.receive.factors.LOAD_BYTES", 1)
+        patched.setattr("lorasync.receive.restore.LOAD_BYTES", 1)
         with running_llm(base, in_process=True, dtype="float32", **LORA) as llm:
             yield llm
 

@@ -57,7 +57,7 @@ def engine(request, base, tmp_path_factory):
     here = place == "this process"
     with pytest.MonkeyPatch.context() as patched, running_llm(base, in_process=here, **settings) as llm:
         if here:
-            patched.setattr("lorasync.receive.factors.LOAD_BYTES", 1)
+            patched.setattr("lorasync.receive.restore.LOAD_BYTES", 1)
         untouched = served_weights(llm)
         assert len(untouched) == ranks
         yield Served(llm, getattr(torch, dtype), expected, untouched)

@@ -14,8 +14,8 @@ import pytest
 import lorasync as ls
 from lorasync.push import MergeInWorker, ServeAdapter, connect
 from lorasync.receive.adapter import AdapterApplier
-from lorasync.receive.apply import LoadApplier
 from lorasync.receive.factors import FactorApplier
+from lorasync.receive.load import LoadApplier
 from tests.e2e.engines import async_llm
 from tests.e2e.faults import from_the_middle
 from tests.models import tiny

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive.plan import LoadPlan, Row
+from lorasync.receive.load_plan import LoadPlan, Row
 
 if TYPE_CHECKING:
-    from lorasync.fingerprint import WeightSample
+    from lorasync.base_check import WeightSample
 
 Read = Callable[[Row], torch.Tensor]
 ReadWhole = Callable[[str], torch.Tensor]

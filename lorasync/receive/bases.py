@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +11,7 @@ from safetensors import safe_open
 
 from lorasync.errors import Mismatch, MismatchError, SyncError
 from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
+from lorasync.receive.windows import Rectangle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,32 +21,30 @@ if TYPE_CHECKING:
 
 
 class Bases(Protocol):
-    """Where base weights come from. ``rectangle`` is the part of a weight that a row of the load plan names."""
+    """Where base weights come from, by checkpoint name, or by a row of the load plan, which names a part of one."""
 
-    def rectangle(self, row: Row) -> Base: ...
+    packed_names: frozenset[str]
+    """The weights whose base is the trainer's packed one."""
 
-    def whole(self, name: str) -> torch.Tensor: ...
+    def rectangle(self, row: Row) -> Base:
+        """Return the part of a weight that a row names, as the merge kernels take it."""
+        ...
 
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a whole weight in the dtype that the engine serves."""
+        ...
 
-def is_rectangle(row: Row) -> bool:
-    """Whether a row of the plan reads rows and columns of a two-dimensional tensor."""
-    return len(row.source.shape) == 2 and row.source.stride[1] == 1
+    def part(self, row: Row) -> torch.Tensor:
+        """Return the part that a row names of a weight that is not packed."""
+        ...
 
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a whole weight that is not packed, as the checkpoint has it."""
+        ...
 
-@dataclass(frozen=True)
-class Rectangle:
-    """Rows and columns of a two-dimensional checkpoint tensor."""
-
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-
-    @classmethod
-    def of(cls, row: Row, columns: int) -> Rectangle:
-        """The rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
-        top, left = divmod(row.source.offset, columns)
-        height, width = row.source.shape
-        assert row.source.stride in ((columns, 1), (width, 1)), row
-        return cls((top, top + height), (left, left + width))
+    def is_on_device(self, name: str) -> bool:
+        """Whether the base of a weight lies on the GPU already."""
+        ...
 
 
 class CopiedBases:
@@ -54,6 +52,8 @@ class CopiedBases:
 
     They outlive a session: a trainer that comes back merges from the same base.
     """
+
+    packed_names = frozenset[str]()
 
     def __init__(self, device: torch.device | str, checkpoint: CheckpointBases) -> None:
         self.device = torch.device(device)
@@ -83,12 +83,19 @@ class CopiedBases:
     def rectangle(self, row: Row) -> Base:
         return PlainBase(self._rectangles[row])
 
+    def part(self, row: Row) -> torch.Tensor:
+        kept = self.kept(row)
+        return kept if kept is not None else self._checkpoint.part(row)
+
     def whole(self, name: str) -> torch.Tensor:
         return self._checkpoint.as_served(self.stored(name))
 
     def stored(self, name: str) -> torch.Tensor:
         """A whole tensor as the checkpoint has it, kept or read."""
         return self._whole[name] if name in self._whole else self._checkpoint.stored(name)
+
+    def is_on_device(self, name: str) -> bool:  # noqa: ARG002
+        return self.device.type != "cpu"
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = self.device.type == "cpu" and tensor.is_cuda
@@ -98,6 +105,8 @@ class CopiedBases:
 
 class CheckpointBases:
     """The engine's own checkpoint, read from its safetensors files again and again."""
+
+    packed_names = frozenset[str]()
 
     def __init__(self, model_config: Any, dtype: torch.dtype) -> None:
         self._model = str(model_config.model)
@@ -137,6 +146,9 @@ class CheckpointBases:
         with safe_open(files[name], "pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor
+
+    def is_on_device(self, name: str) -> bool:  # noqa: ARG002
+        return False
 
     def _files(self) -> dict[str, Path]:
         if self._found is None:
@@ -224,6 +236,15 @@ class MixedBases:
 
     def whole(self, name: str) -> torch.Tensor:
         return (self._packed if name in self.packed_names else self._checkpoint).whole(name)
+
+    def part(self, row: Row) -> torch.Tensor:
+        return self._checkpoint.part(row)
+
+    def stored(self, name: str) -> torch.Tensor:
+        return self._checkpoint.stored(name)
+
+    def is_on_device(self, name: str) -> bool:
+        return name in self.packed_names
 
 
 def _quant_state(packed: torch.Tensor) -> dict[str, Any]:

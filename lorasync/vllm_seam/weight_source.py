@@ -1,27 +1,50 @@
 """Our sources as vLLM's own `WeightSource`, in the one of its two shapes that the installed vLLM has.
 
-Only that one is defined: since 0.33 vLLM refuses the other where its class is made.
+The other shape must not be defined: since 0.33 vLLM refuses it where its class is made.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from torch import Tensor
+    from torch import Tensor, dtype
 
-    from lorasync.source.merged import MergedSource
+
+class Meta(Protocol):
+    """A tensor that will be sent."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Source(Protocol):
+    """What is sent: `MergedSource`, as far as vLLM asks it."""
+
+    def metadata(self) -> Iterable[Meta]:
+        """Return what iteration will yield, in its order."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor with its name."""
+        ...
 
 
 if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once and must not change
 
     class _Source(WeightSource):  # type: ignore[misc]
-        def __init__(self, source: MergedSource) -> None:
+        def __init__(self, source: Source) -> None:
             self._source = source
 
         @cached_property
@@ -34,7 +57,7 @@ if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once 
 else:
 
     class _Source(WeightSource):  # type: ignore[misc, no-redef]
-        def __init__(self, source: MergedSource) -> None:
+        def __init__(self, source: Source) -> None:
             self._source = source
 
         def metadata(self) -> list[Any]:
@@ -44,10 +67,10 @@ else:
             return iter(self._source)
 
 
-def weight_source(source: MergedSource) -> Any:
+def weight_source(source: Source) -> Any:
     """Wrap ``source`` for this vLLM: `metadata()` and `__iter__` up to 0.32, `metadata` and `iter_full()` since 0.33."""
     return _Source(source)
 
 
-def _translated(source: MergedSource) -> list[Any]:
+def _translated(source: Source) -> list[Any]:
     return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]

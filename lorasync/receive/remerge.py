@@ -1,0 +1,183 @@
+"""Merging an adapter's factors into the live weights, each time anew from the base."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasync.kernels import Base, GroupedMerge, MergeJob
+from lorasync.merge import add_delta, low_rank_delta
+from lorasync.receive.edits import edited
+from lorasync.receive.load_plan import check_complete
+from lorasync.receive.restore import fed_by, loads
+from lorasync.receive.streamed import StreamedMerges, buffer_for
+from lorasync.receive.windows import Rectangle, Row, is_rectangle
+from lorasync.receive.writer import LiveWriter
+from lorasync.source.factors import FactorModule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from lorasync.receive.bases import Bases
+    from lorasync.receive.edits import Edit
+    from lorasync.receive.live import LiveModel
+    from lorasync.receive.served import ServedModel
+
+Factors = Mapping[str, torch.Tensor]
+
+
+class Remerge:
+    """Merges factors into the live weights; `apply` may be called with any number of factors.
+
+    Args:
+        served: What the worker serves.
+        live: The served model, as a push writes to it.
+        bases: Where the base weights come from.
+        edits: What the adapter does to each weight, by checkpoint name.
+        names: The checkpoint names that are written: those with edits, and those whose base is in ``bases`` alone.
+        shapes: The shapes of the trainer's frozen weights, by checkpoint name.
+
+    Raises:
+        MismatchError: A layer that has to be loaded anew would not get all of its tensors.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        live: LiveModel,
+        bases: Bases,
+        *,
+        edits: Mapping[str, Sequence[Edit]],
+        names: Collection[str],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._device, self._dtype = served.device, served.dtype
+        self._live, self._bases, self._edits, self._shapes = live, bases, edits, shapes
+        rows = live.direct_rows(names)
+        by_kernel = [row for row in rows if self._is_for_a_kernel(row)]
+        self._grouped = [row for row in by_kernel if bases.is_on_device(row.name)]
+        self._streamed = [row for row in by_kernel if not bases.is_on_device(row.name)]
+        self._buffer = buffer_for(self._streamed, self._dtype, self._device)
+        seen = set(by_kernel)
+        self._others = _by_name(row for row in rows if row not in seen)
+        units = live.units_of(names)
+        check_complete(live.plan, frozenset[str]().union(*(unit.params for unit in units)))
+        self._loads = list(loads(live, units))
+        self._written = {row.param for row in rows}
+        self.params = fed_by(live.plan, names)
+        """The parameters that a merge writes to."""
+        # By the identity of the factors, which are kept with it: their memory is used again.
+        self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
+
+    def apply(self, factors: Factors) -> None:
+        """Merge into the live weights, and derive anew what the engine derives from them.
+
+        Raises:
+            MismatchError: vLLM's loader did not write what the load plan says; a part of the weights may be new.
+        """
+        self._run_kernels(factors)
+        for name, rows in self._others.items():
+            for row, merged in self._merged_rows(name, rows, factors):
+                self._live.live_slice(row.param, row.target).copy_(merged)
+        self._load(factors)
+        self._live.refresh(self._written)
+
+    def _run_kernels(self, factors: Factors) -> None:
+        if not (self._grouped or self._streamed):
+            return
+        if id(factors) not in self._merges:
+            job = self._jobs_of(factors)
+            grouped = GroupedMerge([job(row, self._bases.rectangle(row)) for row in self._grouped])
+            streamed = StreamedMerges(self._streamed, self._bases.rectangle, job, self._buffer)
+            self._merges[id(factors)] = (factors, grouped, streamed)
+        _, grouped, streamed = self._merges[id(factors)]
+        grouped.run()
+        streamed.run()
+
+    def _load(self, factors: Factors) -> None:
+        writer = LiveWriter(self._live)
+        try:
+            for names in self._loads:
+                writer.write({name: self._merged(name, factors) for name in names})
+        except BaseException:
+            writer.undo()
+            raise
+        writer.finish()
+
+    def _is_for_a_kernel(self, row: Row) -> bool:
+        edit = self._plain_edit(row.name)
+        plain = edit is not None and edit.kind == "linear"
+        return plain and self._device.type == "cuda" and is_rectangle(row)
+
+    def _plain_edit(self, name: str) -> FactorModule | None:
+        """The one low-rank update without DoRA that a weight gets; None if the weight gets another edit, or several."""
+        edits = self._edits.get(name, ())
+        edit = edits[0] if len(edits) == 1 else None
+        return edit if isinstance(edit, FactorModule) and not edit.dora else None
+
+    def _jobs_of(self, factors: Factors) -> Callable[[Row, Base], MergeJob]:
+        def job(row: Row, base: Base) -> MergeJob:
+            edit = self._plain_edit(row.name)
+            assert edit is not None
+            part = Rectangle.of(row, edit.shape[1])
+            outs, ins = (part.cols, part.rows) if edit.fan_in_fan_out else (part.rows, part.cols)
+            return MergeJob(
+                out=self._live.live_slice(row.param, row.target),
+                base=base,
+                lora_a=factors[edit.a][:, ins[0] : ins[1]],
+                lora_b=factors[edit.b][outs[0] : outs[1]],
+                scaling=edit.scaling,
+                fan_in_fan_out=edit.fan_in_fan_out,
+                name=row.name,
+            )
+
+        return job
+
+    def _merged_rows(
+        self, name: str, rows: list[Row], factors: Factors
+    ) -> Iterable[tuple[Row, torch.Tensor]]:
+        """Yield each row's part of the merged weight; from this rank's part of the base wherever that suffices."""
+        edit = self._plain_edit(name)
+        if edit is not None:
+            yield from self._updated_rows(rows, edit, factors)
+        elif not self._edits.get(name):
+            for row in rows:
+                yield row, self._bases.rectangle(row).dequantize()
+        else:
+            here = self._is_whole(rows)
+            base = self._bases.rectangle(rows[0]).dequantize() if here else self._bases.whole(name)
+            merged = self._edited(name, base, factors)
+            for row in rows:
+                yield row, row.source.view(merged.contiguous())
+
+    def _updated_rows(
+        self, rows: list[Row], edit: FactorModule, factors: Factors
+    ) -> Iterable[tuple[Row, torch.Tensor]]:
+        cast_first = edit.how.cast_first and self._device.type == "cpu"
+        delta = low_rank_delta(edit.how, factors[edit.a], factors[edit.b])
+        for row in rows:
+            base = self._bases.rectangle(row).dequantize().to(self._device)
+            part = row.source.view(delta)
+            yield row, add_delta(base, part.to(base.dtype) if cast_first else part)
+
+    def _is_whole(self, rows: list[Row]) -> bool:
+        return len(rows) == 1 and rows[0].source.shape == self._shapes.get(rows[0].name)
+
+    def _merged(self, name: str, factors: Factors) -> torch.Tensor:
+        """A whole checkpoint tensor, merged and rounded once, for a layer that is loaded through vLLM's loader."""
+        if name not in self._edits and name not in self._bases.packed_names:
+            return self._bases.stored(name)
+        return self._edited(name, self._bases.whole(name), factors).to(self._dtype)
+
+    def _edited(self, name: str, base: torch.Tensor, factors: Factors) -> torch.Tensor:
+        return edited(base.to(self._device), self._edits.get(name, ()), factors)
+
+
+def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.name].append(row)
+    return found

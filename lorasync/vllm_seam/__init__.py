@@ -1,0 +1,1 @@
+"""All that touches vLLM: what its versions have where, one function a fact."""
