@@ -26,7 +26,7 @@ from lorasync.receive.restore import fed_by
 from lorasync.receive.served import refuse_quantized
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.twin import build_twin
-from lorasync.source.factors import FactorSpec
+from lorasync.source.spec import FactorSpec
 from lorasync.wire import ADAPTER_IDS, Control, manifest_from_text
 
 if TYPE_CHECKING:

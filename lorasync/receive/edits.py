@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from lorasync.errors import UnmergeableError
-from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
+from lorasync.source.spec import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 
 Edit = FactorModule | FactorBias | FactorRows | FactorSaved
 

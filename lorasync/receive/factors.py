@@ -33,7 +33,7 @@ from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.streamed import StreamedMerges, buffer_for
 from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
-from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSpec
+from lorasync.source.spec import FactorBias, FactorModule, FactorRows, FactorSpec
 from lorasync.wire import Control, manifest_from_text
 
 if TYPE_CHECKING:

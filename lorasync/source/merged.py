@@ -15,6 +15,7 @@ from lorasync.source.exclude import patterns, refuse_trained_out, without
 from lorasync.source.finite import FiniteCheck, inputs_of
 from lorasync.source.fits import Fit, check_fits, may_leave
 from lorasync.source.fsdp import drop_gathered, fsdp_modules
+from lorasync.source.meta import ParamMeta
 from lorasync.source.model import base_of, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from lorasync.kernels import PendingMerge
-
-
-@dataclass(frozen=True)
-class ParamMeta:
-    """What iteration will yield: the checkpoint's name, the dtype on the wire, the full shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
