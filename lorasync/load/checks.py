@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from lorasync import bnb
 from lorasync.errors import LoadError
-from lorasync.memory import Weights, available_bytes, class_named_by, human
+from lorasync.model_size import Weights, available_bytes, class_named_by, human
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded

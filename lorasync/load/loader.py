@@ -29,7 +29,7 @@ from lorasync.load.checks import (
     refuse_device_map,
 )
 from lorasync.load.report import make_report
-from lorasync.memory import count_weights, skeleton, unquantized
+from lorasync.model_size import count_weights, skeleton, unquantized
 from lorasync.presets import NF4, QuantPreset
 from lorasync.zero import ZeroPlan, check_zero
 

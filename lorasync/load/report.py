@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.bnb import layer_bits, tensors_beside
 from lorasync.load.checks import dtype_name
-from lorasync.memory import human
+from lorasync.model_size import human
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasync import bnb
-from lorasync.memory import skeleton, unquantized
+from lorasync.model_size import skeleton, unquantized
 from lorasync.quantization import LOADED, Quantization, of_config, of_model
 from lorasync.zero.gather import full_shape
 
