@@ -13,7 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.presets import QuantPreset
+    from lorasync.presets.quantization import QuantPreset
 
 _BLOCK = 64
 _NESTED_BLOCK = 256

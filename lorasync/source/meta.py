@@ -1,12 +1,15 @@
-"""What a source says of a tensor before it yields it."""
+"""What every source offers, and what it says of a tensor before it yields it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,3 +19,11 @@ class ParamMeta:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+class Source(Protocol):
+    """A stream of named tensors that says beforehand what it yields, in the same order; a pass can be repeated."""
+
+    def metadata(self) -> list[ParamMeta]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorasync.source.merged import MergedSource
+    from lorasync.source.meta import Source
 
 
 if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once and must not change
 
     class _Source(WeightSource):  # type: ignore[misc]
-        def __init__(self, source: MergedSource) -> None:
+        def __init__(self, source: Source) -> None:
             self._source = source
 
         @cached_property
@@ -34,7 +34,7 @@ if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once 
 else:
 
     class _Source(WeightSource):  # type: ignore[misc, no-redef]
-        def __init__(self, source: MergedSource) -> None:
+        def __init__(self, source: Source) -> None:
             self._source = source
 
         def metadata(self) -> list[Any]:
@@ -44,10 +44,10 @@ else:
             return iter(self._source)
 
 
-def weight_source(source: MergedSource) -> Any:
+def weight_source(source: Source) -> Any:
     """Wrap ``source`` for this vLLM: `metadata()` and `__iter__` up to 0.32, `metadata` and `iter_full()` since 0.33."""
     return _Source(source)
 
 
-def _translated(source: MergedSource) -> list[Any]:
+def _translated(source: Source) -> list[Any]:
     return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]

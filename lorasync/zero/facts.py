@@ -16,7 +16,7 @@ from lorasync.quantization import LOADED, Quantization, of_config, of_model
 from lorasync.zero.gather import full_shape
 
 if TYPE_CHECKING:
-    from lorasync.presets import QuantPreset
+    from lorasync.presets.quantization import QuantPreset
 
 _FLOAT16 = (torch.float16, torch.bfloat16)
 
