@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lorasync.errors import AdapterError, NonFiniteError, UngatheredError
 from lorasync.source import FactorSource, MergedSource
-from lorasync.source import whole as whole_module
 from lorasync.source.plan import slots
-from lorasync.source.whole import whole
 from lorasync.zero import full_shape, is_sharded
+from lorasync.zero import whole as whole_module
+from lorasync.zero.whole import whole
 from tests.tiny import TEXT, adapt, same_bits
 
 LAYERS = 3

@@ -13,8 +13,8 @@ from lorasync.kernels import PlainBase
 from lorasync.quantization import LIVE, companions, of_tensor
 from lorasync.quantization.block_scales import dequantize_fp8
 from lorasync.source.model import saved_buffers
-from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
+from lorasync.zero.whole import AS_HELD, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

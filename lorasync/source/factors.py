@@ -15,7 +15,6 @@ from lorasync.source.base import packed
 from lorasync.source.describe import checkpoint_names, describe
 from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.fits import Merges, refuse_range
-from lorasync.source.fsdp import drop_gathered, fsdp_modules
 from lorasync.source.meta import ParamMeta
 from lorasync.source.model import base_of, named, saved_buffers, unwrap
 from lorasync.source.picked import picked
@@ -31,8 +30,9 @@ from lorasync.source.trained import (
     pick_adapters,
     refuse_trained,
 )
-from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, full_shape, is_sharded
+from lorasync.zero.fsdp import drop_gathered, fsdp_modules
+from lorasync.zero.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

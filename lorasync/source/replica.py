@@ -15,7 +15,7 @@ from lorasync import bnb
 from lorasync.errors import UnmergeableError
 
 if TYPE_CHECKING:
-    from lorasync.source.whole import Whole
+    from lorasync.zero.whole import Whole
 
 _CONTAINERS = (dict, list, set)
 

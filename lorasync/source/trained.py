@@ -9,9 +9,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from lorasync.errors import AdapterError, UnmergeableError
-from lorasync.source.fsdp import refuse_fsdp1
 from lorasync.source.model import base_of, named, peft_of
 from lorasync.source.structure import ADAPTER_MODULES
+from lorasync.zero.fsdp import refuse_fsdp1
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
