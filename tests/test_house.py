@@ -21,7 +21,6 @@ LONG_FILES = {
     "lorasync/receive/engine.py",
     "lorasync/receive/factors.py",
     "lorasync/wire/__init__.py",
-    "lorasync/zero/rules.py",
 }
 # A Triton kernel is one function: what it calls is inlined by its compiler.
 LONG_FUNCTIONS = {"lorasync.kernels.triton_merge.merge_tiles"}

@@ -40,7 +40,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     known = sorted(configs(model))
     layers = [(path, m) for path, m in named(base) if isinstance(m, ADAPTER_MODULES)]
     _refuse_kinds(model)
-    refuse_fsdp1(model)
+    refuse_fsdp1(param for _, layer in layers for param in layer.parameters())
     if any(param.is_inference() for param in model.parameters()):
         raise AdapterError(
             "model: got tensors that were made under torch.inference_mode(), expected ordinary ones: nothing tells whether "
