@@ -13,7 +13,8 @@ from packaging.version import Version
 
 from lorasync import bnb
 from lorasync.errors import LoadError
-from lorasync.model_size import Weights, available_bytes, class_named_by, human
+from lorasync.model_class import class_named_by
+from lorasync.model_size import Weights, available_bytes, human
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
