@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lorasync.memory import count_weights, human, quantizable, skeleton, unquantized
-from lorasync.presets import REDUCE_BUCKET, TrainPreset
+from lorasync.model_size import count_weights, human, quantizable, skeleton, unquantized
+from lorasync.presets.training import REDUCE_BUCKET, TrainPreset
 
 
 @dataclass(frozen=True)

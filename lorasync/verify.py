@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.bnb import tensors_beside
 from lorasync.errors import EngineNotReadyError, SyncTimeoutError, UngatheredError
 from lorasync.targets.event_loop import run_on
 from lorasync.vllm_seam.sampling import greedy
@@ -267,16 +268,6 @@ def model_digest(model: torch.nn.Module) -> str:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(as_bytes(tensor).cpu().numpy().data)
-        for scale in _quantization_scales(tensor):
+        for scale in tensors_beside(tensor):
             state.update(as_bytes(scale).cpu().numpy().data)
     return str(state.hexdigest())
-
-
-def _quantization_scales(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside the packed weight, as plain attributes of it."""
-    quant_state = getattr(tensor, "quant_state", None)
-    if quant_state is not None:
-        return [t for t in quant_state.as_dict(packed=True).values() if isinstance(t, torch.Tensor)]
-    return [
-        t for t in (getattr(tensor, "CB", None), getattr(tensor, "SCB", None)) if isinstance(t, torch.Tensor)
-    ]

@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lorasync.errors import AdapterError, NonFiniteError, UngatheredError
 from lorasync.source import FactorSource, MergedSource
-from lorasync.source import whole as whole_module
 from lorasync.source.plan import slots
-from lorasync.source.whole import whole
 from lorasync.zero import full_shape, is_sharded
+from lorasync.zero import whole as whole_module
+from lorasync.zero.whole import whole
 from tests.tiny import TEXT, adapt, same_bits
 
 LAYERS = 3
@@ -125,7 +125,7 @@ class Gathered:
         self.names: set[str] = set()
 
     def stream(self, source: Any) -> Gathered:
-        original = whole_module._full
+        original = whole_module.full_tensor
         names = {id(p): n for n, p in self.params}
 
         def counted(param: Any) -> torch.Tensor:
@@ -134,12 +134,12 @@ class Gathered:
             weakref.finalize(full, self.live.pop, names[id(param)])
             return full
 
-        whole_module._full = counted
+        whole_module.full_tensor = counted
         for _ in source:
             zero3 = {n: full_shape(p).numel() for n, p in self.params if not is_sharded(p)}
             self.most = max(self.most, sum(self.live.values()) + sum(zero3.values()))
             self.names |= self.live.keys() | zero3.keys()
-        whole_module._full = original
+        whole_module.full_tensor = original
         return self
 
 

@@ -228,6 +228,6 @@ def test_a_base_of_bitsandbytes_where_it_is_not_installed(
     packed_bases.build("llama").save_pretrained(tmp_path / "plain")
     quantized(tmp_path / "plain", "nf4 nested").save_pretrained(tmp_path / "base")
     adapt(packed_bases.build("llama"), **ATTENTION).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setitem(sys.modules, "bitsandbytes.utils", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(LoadError, match=r"lorasync\[qlora\]"):
         merge_to_disk(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", progress=False)

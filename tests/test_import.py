@@ -89,3 +89,11 @@ def test_registering_twice_and_without_vllm_never_raises():
 
     register()
     register()
+
+
+def test_a_worker_reads_a_spec_without_peft():
+    """A vLLM worker needs neither PEFT nor bitsandbytes to know what an adapter's factors do."""
+    spec = {name.partition(".")[0] for name in _imported_by("lorasync.source.spec, lorasync.bnb")["modules"]}
+    assert spec == {"lorasync"}
+    worker = {name.partition(".")[0] for name in _imported_by("lorasync.receive")["modules"]}
+    assert not worker & {"peft", "bitsandbytes", "deepspeed"}

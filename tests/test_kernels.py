@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorasync.bnb import dequantize_4bit, packed_base
 from lorasync.errors import MismatchError
 from lorasync.kernels import (
     GroupedMerge,
@@ -18,7 +19,6 @@ from lorasync.kernels import (
     MergeJob,
     PackedBase,
     PlainBase,
-    dequantize_4bit,
     merge_job,
 )
 from lorasync.kernels import tune as tuning
@@ -101,9 +101,7 @@ def test_packed_bases_are_bitsandbytes(quant_type: str, nested: bool, storage: t
     data, state = functional.quantize_4bit(
         weight, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
     )
-    param = torch.nn.Parameter(data, requires_grad=False)
-    param.quant_state = state
-    base = PackedBase.from_bnb(param)
+    base = packed_base(torch.nn.Parameter(data, requires_grad=False), state)
     assert torch.equal(base.dequantize(), functional.dequantize_4bit(data, state))
     shard = base.rectangle(rows=(16, 40), cols=(3, 90))
     assert torch.equal(shard.dequantize(), base.dequantize()[16:40, 3:90])

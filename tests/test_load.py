@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from lorasync.errors import LoadError, ZeroIncompatibilityError
 from lorasync.load import checks, close_avx512_trap, load_quantized, loader
-from lorasync.memory import count_weights, skeleton
+from lorasync.model_size import count_weights, skeleton
 from lorasync.presets import FP4, INT8, NF4, QLORA_ZERO2, QuantPreset
 from lorasync.zero import inspect_zero
 

@@ -11,8 +11,8 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from lorasync.bnb import dequantize_4bit
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError, UnmergeableError
-from lorasync.kernels import dequantize_4bit
 from lorasync.merge import NEAREST, merge_low_rank, replace_rows
 from lorasync.source import FactorSource, FactorSpec, MergedSource
 from lorasync.source.base import read

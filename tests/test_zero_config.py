@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from lorasync.errors import ZeroIncompatibilityError
 from lorasync.presets import NF4
+from lorasync.spelling import nearest
 from lorasync.zero import ZeroPlan, check_zero, inspect_zero, keys, read_settings, section
-from lorasync.zero.unknown import nearest
 
 zero_config = pytest.importorskip("deepspeed.runtime.zero.config")
 MODEL = zero_config.DeepSpeedZeroConfig

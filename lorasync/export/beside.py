@@ -13,6 +13,7 @@ import torch
 from lorasync.export.config import merged_config, say_tied
 from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source.model import base_of
+from lorasync.zero.fsdp import is_fsdp_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,15 +50,11 @@ def write_config(config: dict[str, Any], out: Path) -> None:
 
 
 def live_class(model: Any) -> Any:
-    """Return the class that loads the base of a PEFT model; None if it isn't one of transformers' models.
-
-    FSDP2 gives a module another class of its own making, with the first one below it.
-    """
+    """Return the class that loads the base of a PEFT model; None if it isn't one of transformers' models."""
     from transformers import PreTrainedModel
 
     for kind in type(base_of(model)).__mro__:
-        made_by_fsdp = any(each.__name__ == "FSDPModule" for each in kind.__mro__)
-        if issubclass(kind, PreTrainedModel) and not made_by_fsdp:
+        if issubclass(kind, PreTrainedModel) and not is_fsdp_class(kind):
             return None if kind is PreTrainedModel else kind
     return None
 

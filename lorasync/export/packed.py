@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync import bnb
 from lorasync.errors import LoadError, Mismatch, MismatchError
 from lorasync.export.config import dtype_of, quantization_of
-from lorasync.kernels import dequantize_4bit
 from lorasync.quantization import STORED, Quantization, of_config, of_tensors
 from lorasync.quantization.block_scales import (
     check_scales,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from lorasync.export.tensors import Tensors
 
-_BNB4 = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 _READ = ("bitsandbytes", "fp8", "mxfp8", "mxfp4")
 _CODES = {
     torch.uint8: "U8",
@@ -128,6 +126,7 @@ class _Finder:
 
     def __init__(self, tensors: Tensors, config: dict[str, Any]) -> None:
         self.tensors = tensors
+        self.names = frozenset(tensors.names)
         self.wrong: list[Mismatch] = []
         self.dtype = dtype_of(config, torch.bfloat16)
         self.int8_dtype = dtype_of(config, torch.float16)
@@ -135,7 +134,7 @@ class _Finder:
         self.block: tuple[int, int] | None = (int(block[0]), int(block[1])) if block else None
 
     def find(self) -> Iterator[tuple[str, Weight]]:
-        kinds = (self._bnb4, self._int8, self._mxfp4, self._fp8)
+        kinds = (self._bitsandbytes, self._mxfp4, self._fp8)
         held: dict[str, tuple[str, Weight]] = {}
         used: set[str] = set()
         for name in self.tensors.names:
@@ -157,35 +156,20 @@ class _Finder:
             self.wrong.append(Mismatch(name, f"{_short(dtype)} without scales", "its weight_scale_inv", fix))
         return Weight("plain", dtype, shape, partial(self.tensors.__getitem__, name))
 
-    def _bnb4(self, name: str) -> tuple[str, Weight, list[str]] | None:
-        state = next((name + state for state in _STATES if name + state in self.tensors), None)
-        if state is None:
+    def _bitsandbytes(self, name: str) -> tuple[str, Weight, list[str]] | None:
+        packed = bnb.find_stored(name, self.names)
+        if packed is None:
             return None
-        said = _bitsandbytes("utils").unpack_tensor_to_dict(self.tensors[state])
-        companions = [name + other for other in _BNB4 if name + other in self.tensors]
-        read = partial(self._read_bnb4, name, state, companions)
-        weight = Weight(said["quant_type"], getattr(torch, said["dtype"]), tuple(said["shape"]), read)
-        return name, weight, [state, *companions]
-
-    def _read_bnb4(self, name: str, state: str, companions: list[str]) -> Tensor:
-        parts = {other.removeprefix(f"{name}."): self.tensors[other] for other in [*companions, state]}
-        made = _bitsandbytes("functional").QuantState.from_dict(parts, torch.device("cpu"))
-        return dequantize_4bit(self.tensors[name], made)
-
-    def _int8(self, name: str) -> tuple[str, Weight, list[str]] | None:
-        stem = name.removesuffix("weight")
-        scales = f"{stem}SCB"
-        if not name.endswith("weight") or scales not in self.tensors:
-            return None
-        beside = [other for other in (scales, f"{stem}weight_format") if other in self.tensors]
-        dequantize = _bitsandbytes("functional").int8_vectorwise_dequant
-        _, shape = self.tensors.describe(name)
-
-        def read() -> Tensor:
-            weight: Tensor = dequantize(self.tensors[name], self.tensors[scales])
-            return weight
-
-        return name, Weight("int8", self.int8_dtype, shape, read), beside
+        bnb.require_library("base")
+        if packed.kind == "int8":
+            dtype, shape = self.int8_dtype, self.tensors.describe(name)[1]
+        else:
+            dtype, shape = packed.logical(self.tensors)
+        return (
+            name,
+            Weight(packed.kind, dtype, shape, partial(packed.read, self.tensors)),
+            list(packed.beside),
+        )
 
     def _mxfp4(self, name: str) -> tuple[str, Weight, list[str]] | None:
         plain, scales = name.removesuffix("_blocks"), f"{name.removesuffix('_blocks')}_scales"
@@ -225,17 +209,6 @@ class _Finder:
             self.wrong.append(
                 Mismatch(scale, str(error), f"scales for {name}", "Fetch or save the base again.")
             )
-
-
-def _bitsandbytes(part: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(f"bitsandbytes.{part}")
-    except ImportError as error:
-        raise LoadError(
-            "base: got weights that bitsandbytes packed, and no bitsandbytes here. pip install 'lorasync[qlora]'."
-        ) from error
 
 
 def _stored_as(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from lorasync.errors import LoadError, Mismatch
 from lorasync.export.config import adapter_config, merged_config, read_json, say_tied
+from lorasync.model_class import class_of_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,8 +76,7 @@ def model_class(config: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     made = copy.deepcopy(config)
-    name = (made.get("architectures") or [""])[0]
-    kind: Any = getattr(transformers, name, None)
+    kind: Any = class_of_name(made.get("architectures"))
     if kind is None:
         known = made.pop("model_type", None)
         if known is None:
@@ -84,7 +84,9 @@ def model_class(config: dict[str, Any]) -> tuple[Any, Any]:
         config_class = type(transformers.AutoConfig.for_model(known))
         kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
         if kind is None:
-            raise LoadError(f"config.json: got {name or known}, which this transformers doesn't know.")
+            raise LoadError(
+                f"config.json: got {(made.get('architectures') or [known])[0]}, which this transformers doesn't know."
+            )
     return kind, kind.config_class.from_dict(made)
 
 

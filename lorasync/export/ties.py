@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lorasync.export.packed import BaseWeights
     from lorasync.export.tensors import Tensors
-    from lorasync.source import FactorModule, FactorSpec
+    from lorasync.source.spec import FactorModule, FactorSpec
 
 _FIX = (
     "Train both sides alike (PEFT's ensure_weight_tying=True; it ties only at the start, and not where the adapter is in "

@@ -1,6 +1,6 @@
 """Merge kernels: W + s·B·A from a plain, 4-bit or 8-bit base into live weights, in one pass."""
 
-from lorasync.kernels.bases import Base, Int8Base, NestedAbsmax, PackedBase, PlainBase, dequantize_4bit
+from lorasync.kernels.bases import Base, Int8Base, NestedAbsmax, PackedBase, PlainBase
 from lorasync.kernels.grouped import GroupedMerge, RepeatedMerge, merge_job
 from lorasync.kernels.jobs import MergeJob, PendingMerge
 from lorasync.kernels.peaks import Peaks, largest
@@ -16,7 +16,6 @@ __all__ = [
     "PendingMerge",
     "PlainBase",
     "RepeatedMerge",
-    "dequantize_4bit",
     "largest",
     "merge_job",
 ]

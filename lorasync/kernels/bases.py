@@ -7,7 +7,7 @@ bit for bit, what bitsandbytes computes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -112,24 +112,6 @@ class PackedBase:
     offset: int = 0
     row_stride: int | None = None
 
-    @classmethod
-    def from_bnb(cls, weight: Any) -> PackedBase:
-        """Take the tensors of a bitsandbytes ``Params4bit`` as they are; nothing is copied."""
-        data = weight.data if isinstance(weight, torch.nn.Parameter) else weight
-        return cls.of_state(data, weight.quant_state)
-
-    @classmethod
-    def of_state(cls, packed: Tensor, state: Any) -> PackedBase:
-        """Take packed values and their bitsandbytes ``QuantState``."""
-        nested = None
-        if state.nested:
-            inner = state.state2
-            if inner.blocksize != 256:
-                raise ValueError(f"nested blocksize: got {inner.blocksize}, expected 256. Quantize again.")
-            nested = NestedAbsmax(inner.absmax, inner.code, float(state.offset))
-        rows, cols = state.shape
-        return cls(packed, state.absmax, state.code, state.blocksize, (rows, cols), state.dtype, nested)
-
     @property
     def device(self) -> torch.device:
         """Where the packed weight lies."""
@@ -220,23 +202,3 @@ class Int8Base:
 
 
 Base = PlainBase | PackedBase | Int8Base
-
-
-def dequantize_4bit(packed: Tensor, state: Any) -> Tensor:
-    """Dequantize with bitsandbytes, but where its kernel takes wrong scales.
-
-    That is on CPUs with AVX512, for rows that are no whole number of blocks (seen in 0.50.2).
-
-    Args:
-        packed: The packed values, in the storage dtype.
-        state: Their ``QuantState``.
-
-    Returns:
-        The weight, in the dtype and shape that ``state`` says.
-    """
-    if packed.device.type == "cpu" and state.shape[-1] % state.blocksize and len(state.shape) == 2:
-        return PackedBase.of_state(packed, state).dequantize()
-    import bitsandbytes.functional
-
-    weight: Tensor = bitsandbytes.functional.dequantize_4bit(packed, state)
-    return weight

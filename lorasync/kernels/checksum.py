@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasync.kernels.words import ODD, words_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _CHUNK = 1 << 22
 _MASK = (1 << 64) - 1
 
@@ -54,11 +55,6 @@ class Checksum:
 def can_be_summed(tensor: Tensor) -> bool:
     """Say whether `Checksum` takes this tensor."""
     return tensor.is_contiguous() and tensor.data_ptr() % 8 == 0
-
-
-def words_of(tensor: Tensor) -> int:
-    """The 8-byte words of a tensor, the last one filled up with zeros."""
-    return -(-tensor.nbytes // 8)
 
 
 def _in_torch(tensors: Sequence[Tensor]) -> int:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorasync.kernels.checksum import ODD, words_of
+from lorasync.kernels.words import ODD, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
+from lorasync import bnb
 from lorasync.errors import LoadError
-from lorasync.kernels import dequantize_4bit
-from lorasync.memory import Weights, available_bytes, class_named_by, human
+from lorasync.model_class import class_named_by
+from lorasync.model_size import Weights, available_bytes, human
 from lorasync.presets import QuantPreset
 from lorasync.quantization import LOADED, of_config
 from lorasync.zero import is_sharded
@@ -204,19 +205,16 @@ def _already_quantized(path: object, method: str) -> str:
     )
 
 
-def existing_quantization(path: object, config: PretrainedConfig) -> dict[str, Any] | None:
+def existing_quantization(path: object, config: PretrainedConfig) -> bnb.Settings | None:
     """Return the bitsandbytes settings of a pre-quantized checkpoint; refuse other methods."""
     packed = of_config(config)
     if packed.kind not in LOADED:
         raise LoadError(_already_quantized(path, packed.name))
     found = getattr(config, "quantization_config", None)
-    if found is None:
-        return None
-    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    return settings
+    return None if found is None else bnb.read_settings(found)
 
 
-def agreed_preset(path: object, preset: QuantPreset, existing: dict[str, Any] | None) -> QuantPreset:
+def agreed_preset(path: object, preset: QuantPreset, existing: bnb.Settings | None) -> QuantPreset:
     """Return what the weights will be in; a pre-quantized checkpoint decides about double quantization."""
     if not isinstance(preset, QuantPreset):
         raise LoadError(
@@ -225,27 +223,26 @@ def agreed_preset(path: object, preset: QuantPreset, existing: dict[str, Any] | 
         )
     if existing is None:
         return preset
-    kind = "int8" if existing.get("load_in_8bit") else str(existing.get("bnb_4bit_quant_type", "fp4"))
+    kind = existing.kind
     if kind != preset.quant_type:
         raise LoadError(
             f"{path}: got preset {preset.name}, expected {kind.upper()}: the checkpoint was quantized to "
             f"{kind} already. Pass {kind.upper()}, or load the original 16-bit checkpoint."
         )
-    return QuantPreset(preset.name, preset.quant_type, bool(existing.get("bnb_4bit_use_double_quant", False)))
+    return QuantPreset(preset.name, preset.quant_type, existing.double_quant)
 
 
 def agreed_storage(
-    preset: QuantPreset, existing: dict[str, Any] | None, asked: torch.dtype | None
+    preset: QuantPreset, existing: bnb.Settings | None, asked: torch.dtype | None
 ) -> torch.dtype:
     if existing is not None and preset.bits == 4:
-        stored = getattr(torch, str(existing.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch."))
-        if asked not in (None, stored):
+        if asked not in (None, existing.storage):
             raise LoadError(
-                f"load_quantized(): got storage_dtype={dtype_name(asked)}, expected {dtype_name(stored)}: "
+                f"load_quantized(): got storage_dtype={dtype_name(asked)}, expected {dtype_name(existing.storage)}: "
                 "the checkpoint is packed in it already. Leave storage_dtype out, or load the original "
                 "16-bit checkpoint."
             )
-        return stored  # type: ignore[no-any-return]
+        return existing.storage
     return torch.uint8 if asked is None else asked
 
 
@@ -280,15 +277,8 @@ def check_dequantizes(path: object, model: nn.Module) -> None:
 
 
 def _is_dequantized_wrong(module: nn.Module) -> bool:
-    weight: Any = getattr(module, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is None or weight.device.type != "cpu" or is_sharded(weight):
-        return False
-    if state.shape[-1] % state.blocksize == 0:
-        return False
-    from bitsandbytes.functional import dequantize_4bit as as_forward_does
-
-    return not torch.equal(as_forward_does(weight.data, state), dequantize_4bit(weight.data, state))
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and not is_sharded(weight) and bnb.reads_wrong(weight)
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

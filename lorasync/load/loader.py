@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from lorasync import bnb
 from lorasync.errors import LoadError
 from lorasync.load.checks import (
     agreed_preset,
@@ -28,7 +29,7 @@ from lorasync.load.checks import (
     refuse_device_map,
 )
 from lorasync.load.report import make_report
-from lorasync.memory import count_weights, skeleton, unquantized
+from lorasync.model_size import count_weights, skeleton, unquantized
 from lorasync.presets import NF4, QuantPreset
 from lorasync.zero import ZeroPlan, check_zero
 
@@ -133,12 +134,7 @@ def close_avx512_trap(model: nn.Module) -> int:
     Args:
         model: any model; `load_quantized` has done this already.
     """
-    changed = 0
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            changed += 1
-    return changed
+    return bnb.close_traps(model)
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
@@ -198,9 +194,7 @@ def _make_trainable(model: PreTrainedModel, dtype: torch.dtype, gradient_checkpo
     """Do what `prepare_model_for_kbit_training` is for, without its upcast of everything else to fp32."""
     close_avx512_trap(model)
     model.requires_grad_(False)
-    for module in model.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            module.compute_dtype = dtype
+    bnb.set_compute_dtype(model, dtype)
     model.enable_input_require_grads()
     if gradient_checkpointing:
         model.config.use_cache = False

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from lorasync.bnb import layer_bits, tensors_beside
 from lorasync.load.checks import dtype_name
-from lorasync.memory import human
-from lorasync.zero.facts import quantized_bits
+from lorasync.model_size import human
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +41,7 @@ class LoadReport:
 
 
 def make_report(model: PreTrainedModel, **facts: Any) -> LoadReport:
-    quantized = tuple(name for name, module in model.named_modules() if quantized_bits(module) is not None)
+    quantized = tuple(name for name, module in model.named_modules() if layer_bits(module) is not None)
     packed = {id(model.get_submodule(name).weight) for name in quantized}
     kept = tuple(
         (name, dtype_name(p.dtype), p.numel() * p.itemsize)
@@ -74,8 +72,4 @@ def _notes(model: nn.Module, kept: tuple[tuple[str, str, int], ...], size: int) 
 
 def _stored_bytes(param: nn.Parameter) -> int:
     """Return the bytes of a parameter with the scales that belong to it."""
-    state = getattr(param, "quant_state", None)
-    scales = [t for t in state.as_dict(packed=True).values() if isinstance(t, torch.Tensor)] if state else []
-    row_scales = getattr(param, "SCB", None)
-    extra = [*scales, *([row_scales] if isinstance(row_scales, torch.Tensor) else [])]
-    return param.numel() * param.itemsize + sum(t.numel() * t.itemsize for t in extra)
+    return param.nbytes + sum(tensor.nbytes for tensor in tensors_beside(param))

@@ -8,8 +8,8 @@ from lorasync.push.sync import Sync
 
 if TYPE_CHECKING:
     from lorasync.push.issued import OnGone
-    from lorasync.push.sender import Source
     from lorasync.push.strategies import Apply
+    from lorasync.source.meta import Source
     from lorasync.targets.base import Pause
     from lorasync.verify import Canary
 

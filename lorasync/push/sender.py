@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +17,7 @@ from lorasync.source import FactorSource, MergedSource
 from lorasync.transport.cuda_ipc import gpu_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from lorasync.lent import Bucket, Lent
     from lorasync.push.engines import Engines
@@ -25,29 +25,9 @@ if TYPE_CHECKING:
     from lorasync.push.pause import Stop
     from lorasync.push.strategies import Strategy
     from lorasync.push.versions import AdapterVersions
+    from lorasync.source.meta import Source
 
     Stream = Iterator[tuple[str, torch.Tensor]]
-
-
-class Meta(Protocol):
-    """One tensor that a source will yield: `ParamMeta` of lorasync, or vLLM's own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class Source(Protocol):
-    """What travels: a `MergedSource`, or anything else whose metadata equals its iteration."""
-
-    def metadata(self) -> Sequence[Meta]: ...
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class Sender:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lorasync.push.issued import OnGone
     from lorasync.push.report import SyncReport
-    from lorasync.push.sender import Source
+    from lorasync.source.meta import Source
     from lorasync.targets.base import Pause
     from lorasync.verify import Canary
 

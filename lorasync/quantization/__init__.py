@@ -5,7 +5,7 @@ One answer for all who ask: of a tensor, a module or a model in memory (`of_tens
 refuses the others by name.
 """
 
-from lorasync.quantization.live import companions, of_model, of_module, of_tensor, quant_state
+from lorasync.quantization.live import companions, of_model, of_module, of_tensor
 from lorasync.quantization.methods import LIVE, LOADED, STORED, Quantization, method
 from lorasync.quantization.stored import of_config, of_folder, of_tensors
 
@@ -22,5 +22,4 @@ __all__ = [
     "of_module",
     "of_tensor",
     "of_tensors",
-    "quant_state",
 ]

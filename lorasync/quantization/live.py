@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorasync import bnb
 from lorasync.quantization.methods import (
     FP4,
     INT8,
@@ -64,18 +65,11 @@ _ATTRIBUTES = (
     (("weight", "weight_scales"), "eetq"),
     (("weight", "scales", "tables"), "higgs"),
 )
+_BITSANDBYTES = {"nf4": NF4, "fp4": FP4, "int8": INT8, "plain": PLAIN, "unquantized": UNPACKED_4BIT}
 _CODES = frozenset({torch.uint8, torch.int8})
 _MORE_CODES = frozenset({torch.int16, torch.int32, torch.uint16, torch.uint32})
 # Tensor classes of torch that hold their values as they are, or parts of them.
 _TRANSPARENT = frozenset({"Tensor", "Parameter", "Buffer", "DTensor", "FakeTensor", "FlatParameter"})
-
-
-def quant_state(module: nn.Module, attr: str) -> Any:
-    """Return bitsandbytes' state of a 4-bit weight, or None; under FSDP2 only the module still has it."""
-    state = getattr(_tensor(module, attr), "quant_state", None)
-    if state is None and attr == "weight" and type(module).__name__ == "Linear4bit":
-        state = getattr(module, "quant_state", None)
-    return state
 
 
 def of_tensor(module: nn.Module, attr: str) -> Quantization:
@@ -90,9 +84,9 @@ def of_tensor(module: nn.Module, attr: str) -> Quantization:
         'plain'
     """
     tensor = _tensor(module, attr)
-    known = _by_bitsandbytes(module, attr, tensor)
+    known = bnb.kind_of(module, attr)
     if known is not None:
-        return known
+        return _BITSANDBYTES[known]
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
         return _float8(module, attr, tensor)
     odd = _odd_class(tensor)
@@ -150,18 +144,6 @@ def _declared(model: nn.Module, found: Quantization) -> Quantization:
             said = method(str(getattr(name, "value", name)))
             return said if said.kind not in ("unknown", *LIVE) else found
     return found
-
-
-def _by_bitsandbytes(module: nn.Module, attr: str, tensor: Tensor) -> Quantization | None:
-    state, name = quant_state(module, attr), type(tensor).__name__
-    if state is not None:
-        return NF4 if str(state.quant_type) == "nf4" else FP4
-    if name == "Params4bit":
-        return UNPACKED_4BIT
-    is_8bit = name == "Int8Params" or (attr == "weight" and type(module).__name__ == "Linear8bitLt")
-    if is_8bit:
-        return INT8 if tensor.dtype == torch.int8 else PLAIN
-    return None
 
 
 def _float8(module: nn.Module, attr: str, tensor: Tensor) -> Quantization:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from lorasync import bnb
 from lorasync.quantization.methods import FP4, INT8, LIVE, NF4, PLAIN, Quantization, method, unknown
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SETTINGS = ("quantization_config", "compression_config")
+_BITSANDBYTES = {"nf4": NF4, "fp4": FP4, "int8": INT8}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _CODES = ("I8", "U8", "I16", "U16", "I32", "U32")
 # A tensor that ends so holds codes; with a companion the method is known.
@@ -71,11 +73,10 @@ def of_folder(folder: Path) -> Quantization:
 
 
 def _settings(settings: dict[str, Any]) -> Quantization:
+    packed = bnb.read_settings(settings)
+    if packed is not None:
+        return _BITSANDBYTES[packed.kind]
     name = str(settings.get("quant_method") or "").rpartition(".")[2].lower()
-    bits = "4" if settings.get("load_in_4bit") else "8" if settings.get("load_in_8bit") else ""
-    if name.startswith("bitsandbytes") or (not name and bits):
-        four = {"nf4": NF4, "fp4": FP4}.get(str(settings.get("bnb_4bit_quant_type", "fp4")), FP4)
-        return four if bits == "4" or (not bits and "4bit" in name) else INT8
     return method(name) if name else unknown("a method that its config doesn't name")
 
 
@@ -92,14 +93,11 @@ def _levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _stored(name: str, dtypes: Mapping[str, str]) -> Quantization:
+    by_bnb = bnb.find_stored(name, dtypes)
+    if by_bnb is not None:
+        return _BITSANDBYTES[by_bnb.kind]
     stem, _, last = name.rpartition(".")
     path = f"{stem}." if stem else ""
-    if f"{name}.quant_state.bitsandbytes__nf4" in dtypes:
-        return NF4
-    if f"{name}.quant_state.bitsandbytes__fp4" in dtypes:
-        return FP4
-    if last == "weight" and f"{path}SCB" in dtypes:
-        return INT8
     if dtypes[name] in _FLOAT8:
         return _float8(name, path, dtypes)
     if dtypes[name] not in _CODES:

@@ -18,7 +18,7 @@ from lorasync.receive.frozen import ignored_notes, may_be_ignored
 from lorasync.receive.restore import fed_by
 from lorasync.receive.slots import check_modules, slots_for
 from lorasync.receive.staging import Staging, parsed
-from lorasync.source.factors import FactorSpec
+from lorasync.source.spec import FactorSpec
 from lorasync.vllm_seam.lora import peft_helper
 from lorasync.wire import ADAPTER_IDS
 

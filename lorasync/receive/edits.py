@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasync.errors import UnmergeableError
 from lorasync.merge import add_delta, merge_low_rank, replace_rows
-from lorasync.source.factors import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
+from lorasync.source.spec import FactorBias, FactorModule, FactorRows, FactorSaved, FactorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

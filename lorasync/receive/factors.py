@@ -14,7 +14,7 @@ from lorasync.receive.remerge import Remerge
 from lorasync.receive.restore import Restore
 from lorasync.receive.staging import Staging, parsed
 from lorasync.receive.trained_base import TrainedBase
-from lorasync.source.factors import FactorSpec
+from lorasync.source.spec import FactorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -16,7 +16,7 @@ from lorasync.receive.restore import fed_by, loads
 from lorasync.receive.streamed import StreamedMerges, buffer_for
 from lorasync.receive.windows import Rectangle, Row, is_rectangle
 from lorasync.receive.writer import LiveWriter
-from lorasync.source.factors import FactorModule
+from lorasync.source.spec import FactorModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lorasync.receive.served import ServedModel
-    from lorasync.source.factors import FactorSpec
+    from lorasync.source.spec import FactorSpec
 
 
 def slots_for(spec: FactorSpec, served: ServedModel) -> LoraSlots:

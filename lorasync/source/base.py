@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorasync import bnb
 from lorasync.errors import AdapterError, UngatheredError
-from lorasync.kernels import PackedBase, PlainBase, dequantize_4bit
-from lorasync.quantization import LIVE, companions, of_tensor, quant_state
+from lorasync.kernels import PlainBase
+from lorasync.quantization import LIVE, companions, of_tensor
 from lorasync.quantization.block_scales import dequantize_fp8
 from lorasync.source.model import saved_buffers
-from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape, is_sharded
+from lorasync.zero.whole import AS_HELD, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,8 +71,7 @@ def logical(
     """
     tensor, how = tensor_of(module, attr), packing(module, attr)
     if how in ("nf4", "fp4"):
-        state = quant_state(module, attr)
-        return state.dtype, tuple(state.shape)
+        return bnb.logical_4bit(module, attr)
     return packed_dtype if how in ("int8", "fp8") else tensor.dtype, tuple(full_shape(tensor))
 
 
@@ -83,10 +82,8 @@ def merge_base(module: nn.Module, attr: str) -> Base | None:
         return None
     if how == "plain":
         return PlainBase(tensor.detach())
-    state = quant_state(module, attr)
-    if state is None or getattr(state, "packing_format_for_cpu", False):
-        return None
-    return PackedBase.from_bnb(tensor)
+    state = bnb.quant_state(module, attr)
+    return None if state is None or bnb.is_repacked(state) else bnb.packed_base(tensor, state)
 
 
 @torch.no_grad()
@@ -113,10 +110,10 @@ def read(module: nn.Module, attr: str, *, name: str, whole: Whole = AS_HELD) -> 
     if how == "plain":
         return tensor.detach()
     if how == "int8":
-        return _dequantize_8bit(module, tensor, name)
+        return bnb.dequantize_8bit(tensor.data, _scales_of(module, tensor, name))
     if how == "fp8":
         return _dequantize_fp8(module, tensor, whole, name)
-    return _dequantize_4bit(tensor, quant_state(module, attr), name)
+    return _dequantize_4bit(tensor, bnb.quant_state(module, attr), name)
 
 
 def _onloaded(module: nn.Module, attr: str) -> Tensor:
@@ -136,20 +133,19 @@ def _onloaded(module: nn.Module, attr: str) -> Tensor:
 
 
 def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
-    if getattr(state, "packing_format_for_cpu", False):
+    if bnb.is_repacked(state):
         raise AdapterError(
             f"{name}: got a weight that bitsandbytes repacked for AVX512 in an eval-mode forward, expected "
             "the original: its values can't be read back exactly. Load with lorasync.load.load_quantized, or "
             "set module.support_avx512bf16_for_cpu = False on every Linear4bit before the first forward."
         )
-    expected = state.shape.numel()
-    held = tensor.numel() * tensor.element_size() * 2
-    if held != expected + expected % 2:
+    wrong = bnb.missing_values(tensor, state)
+    if wrong is not None:
         raise UngatheredError(
-            f"{name}: got {held} packed values, expected {expected}: a shard, or a foreign quant_state. "
+            f"{name}: got {wrong[0]} packed values, expected {wrong[1]}: a shard, or a foreign quant_state. "
             "Read it inside lorasync.zero.gathered()."
         )
-    return dequantize_4bit(tensor.data, state)
+    return bnb.dequantize_4bit(tensor.data, state)
 
 
 def _dequantize_fp8(module: Any, tensor: Tensor, whole: Whole, name: str) -> Tensor:
@@ -163,18 +159,8 @@ def _dequantize_fp8(module: Any, tensor: Tensor, whole: Whole, name: str) -> Ten
     )
 
 
-def _dequantize_8bit(module: nn.Module, tensor: Any, name: str) -> Tensor:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    scales = _scales_of(module, tensor, name)
-    weight: Tensor = int8_vectorwise_dequant(tensor.data, scales.to(tensor.device))
-    return weight
-
-
 def _scales_of(module: nn.Module, tensor: Any, name: str) -> Tensor:
-    held: Any = getattr(module, "state", None)
-    scales: Tensor | None = getattr(tensor, "SCB", None)
-    scales = getattr(held, "SCB", None) if scales is None else scales
+    scales = bnb.int8_scales(module, tensor)
     if scales is None:
         raise AdapterError(
             f"{name}: got an int8 weight without its scales (SCB). Move the model to its device first."
@@ -189,29 +175,20 @@ def scale_bound(module: nn.Module, attr: str) -> float | None:
         return None
     if how == "fp8":
         limit = torch.finfo(tensor_of(module, attr).dtype).max
-        return limit * _largest(tensor_of(module, "weight_scale_inv").float())
+        return limit * bnb.largest(tensor_of(module, "weight_scale_inv").float())
     if how == "int8":
-        return _largest(_scales_of(module, tensor_of(module, attr), attr))
-    state = quant_state(module, attr)
-    if not state.nested:
-        return _largest(state.absmax)
-    return _largest(state.state2.absmax) + abs(float(state.offset))
-
-
-def _largest(scales: Tensor) -> float:
-    low, high = (float(x) for x in torch.aminmax(scales.detach()))
-    return math.nan if math.isnan(low) else max(-low, high)
+        _scales_of(module, tensor_of(module, attr), attr)
+    return bnb.scale_bound(module, attr)
 
 
 def packed(module: nn.Module, attr: str, name: str, whole: Whole) -> Iterator[tuple[str, Tensor]]:
     """Yield a quantized weight as bitsandbytes would save it, under the checkpoint name ``name``; copies."""
     tensor: Any = whole(tensor_of(module, attr))
     yield name, tensor.detach().clone()
-    state = quant_state(module, attr)
     if packing(module, attr) == "fp8":
         yield f"{name}_scale_inv", whole(tensor_of(module, "weight_scale_inv")).detach().clone()
-    elif state is not None:
-        state = state.as_dict(packed=True)
-        yield from ((f"{name}.{key}", value.detach().clone()) for key, value in state.items())
-    else:
-        yield f"{name.removesuffix('weight')}SCB", _scales_of(module, tensor, name).detach().clone()
+        return
+    if packing(module, attr) == "int8":
+        _scales_of(module, tensor, name)
+    beside = bnb.as_stored(module, attr, tensor, name)
+    yield from ((key, value.detach().clone()) for key, value in beside)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lorasync.errors import AdapterError, Mismatch, MismatchError, UnmergeableError
+from lorasync.errors import AdapterError, UnmergeableError
 from lorasync.lent import NOTHING, Held, LastLent, Lent
-from lorasync.merge import LowRank
-from lorasync.names import CheckpointLayout
 from lorasync.source.base import packed
+from lorasync.source.describe import checkpoint_names, describe
 from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.fits import Merges, refuse_range
-from lorasync.source.fsdp import drop_gathered, fsdp_modules
-from lorasync.source.merged import ParamMeta
+from lorasync.source.meta import ParamMeta
 from lorasync.source.model import base_of, named, saved_buffers, unwrap
 from lorasync.source.picked import picked
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.probe import Probe
 from lorasync.source.structure import Structure
-from lorasync.source.ties import conflicts, tied_to
 from lorasync.source.trained import (
     active_in,
     beside,
@@ -34,164 +30,16 @@ from lorasync.source.trained import (
     pick_adapters,
     refuse_trained,
 )
-from lorasync.source.whole import whole
 from lorasync.zero import can_be_sharded, full_shape, is_sharded
+from lorasync.zero.fsdp import drop_gathered, fsdp_modules
+from lorasync.zero.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-    from lorasync.source.layers import Step
-
-# Inits that change the base weights when the adapter is made (PEFT's `init_lora_weights`).
-_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq", "kasa")
-
-
-@dataclass(frozen=True)
-class FactorModule:
-    """One weight with a low-rank update.
-
-    ``weight`` is the base parameter's checkpoint name; where the checkpoint stores it in pieces (experts
-    that are fused in memory), ``weight`` is its name in memory and ``pieces`` are the checkpoint's.
-    ``a``, ``b`` and
-    ``magnitude`` are names in the stream. ``dtype``, ``shape`` and ``base`` ("plain", "nf4", "fp4", "int8")
-    describe the base weight that was trained on.
-    """
-
-    weight: str
-    pieces: tuple[str, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    base: str
-    r: int
-    a: str
-    b: str
-    magnitude: str | None
-    how: LowRank
-
-    @property
-    def kind(self) -> str:
-        """What A and B look like: linear, embedding, conv or experts."""
-        return self.how.kind
-
-    @property
-    def scaling(self) -> float:
-        """What B·A is multiplied by."""
-        return self.how.scaling
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Whether a linear weight is stored as (in, out)."""
-        return self.how.kind == "linear" and self.how.transposed
-
-    @property
-    def dora(self) -> bool:
-        """Whether the merged rows are scaled to a trained magnitude."""
-        return self.how.dora
-
-
-@dataclass(frozen=True)
-class FactorBias:
-    """A trained ``lora_B`` bias: ``scaling`` times the tensor is added to the base's bias."""
-
-    weight: str
-    tensor: str
-    scaling: float
-
-
-@dataclass(frozen=True)
-class FactorRows:
-    """Trained tokens: these rows of ``weight`` are replaced by the rows of ``tensor``."""
-
-    weight: str
-    tensor: str
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FactorSaved:
-    """A tensor that was trained whole: it replaces ``weight``."""
-
-    weight: str
-    tensor: str
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """Everything but the tensors that a receiver needs, to merge the adapter or to serve it; JSON data.
-
-    ``config`` is PEFT's adapter config, as in `adapter_config.json`. ``ties`` maps a weight that is not in
-    the checkpoint to the one that stands for it; where such a weight has a module of its own here, its update
-    must equal the other's, or a merge would untie them: a merging receiver compares. ``conflicts`` says why a
-    merge would untie weights whatever the values are; serving the adapter is unaffected. ``base_changed_by``
-    names the init that changed the base weights, so that the adapter does not belong to the published base.
-    """
-
-    adapter: str
-    config: dict[str, Any]
-    modules: tuple[FactorModule, ...]
-    biases: tuple[FactorBias, ...]
-    rows: tuple[FactorRows, ...]
-    saved: tuple[FactorSaved, ...]
-    ties: dict[str, str]
-    conflicts: tuple[str, ...]
-    base_changed_by: str | None
-
-    def to_json(self) -> str:
-        """Write the spec as JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> FactorSpec:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: It is no spec, or one of another version of lorasync.
-        """
-        data = json.loads(text)
-        if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
-            raise ValueError(
-                "FactorSpec: got other fields than expected. Do both sides run the same lorasync?"
-            )
-        wrong = [
-            f"{key}: {type(data[key]).__name__}"
-            for key, kind in _JSON.items()
-            if not isinstance(data[key], kind)
-        ]
-        if wrong:
-            raise ValueError(f"FactorSpec: got {', '.join(wrong)}, expected what to_json wrote.")
-        parts = {"modules": _module, "biases": _bias, "rows": _rows, "saved": _saved}
-        read = {key: tuple(make(each) for each in data[key]) for key, make in parts.items()}
-        return cls(**{**data, **read, "conflicts": tuple(data["conflicts"])})
-
-
-_JSON: dict[str, type | tuple[type, ...]] = {
-    "adapter": str,
-    "config": dict,
-    **dict.fromkeys(("modules", "biases", "rows", "saved", "conflicts"), list),
-    "ties": dict,
-    "base_changed_by": (str, type(None)),
-}
-
-
-def _module(data: dict[str, Any]) -> FactorModule:
-    how = LowRank(**data["how"])
-    return FactorModule(
-        **{**data, "pieces": tuple(data["pieces"]), "shape": tuple(data["shape"]), "how": how}
-    )
-
-
-def _bias(data: dict[str, Any]) -> FactorBias:
-    return FactorBias(**data)
-
-
-def _rows(data: dict[str, Any]) -> FactorRows:
-    return FactorRows(**{**data, "rows": tuple(data["rows"])})
-
-
-def _saved(data: dict[str, Any]) -> FactorSaved:
-    return FactorSaved(**data)
+    from lorasync.source.spec import FactorSpec
 
 
 @dataclass(frozen=True)
@@ -303,28 +151,7 @@ class FactorSource:
 
     def spec(self) -> FactorSpec:
         """Describe the adapter for its receiver; nothing is gathered."""
-        adapter = self._adapter()
-        wire = {id(tensor): name for name, tensor in self._plan().tensors.items()}
-        base = base_of(self.model)
-        found = slots(base, (adapter,))
-        ties, broken = tied_to(base, found), conflicts(base, found)
-        builder = _Builder(wire, _checkpoint_names(base, found))
-        for slot in found:
-            builder.add(slot, shared=slot.name in ties)
-        if builder.wrong:
-            raise MismatchError("The adapter's tensors don't fit its layers.", builder.wrong)
-        config = json.loads(json.dumps(configs(self.model)[adapter].to_dict(), default=_plain))
-        return FactorSpec(
-            adapter=adapter,
-            config=config,
-            modules=tuple(builder.modules),
-            biases=tuple(builder.biases),
-            rows=tuple(builder.rows),
-            saved=tuple(builder.saved),
-            ties=ties,
-            conflicts=tuple(str(mismatch) for mismatch in broken),
-            base_changed_by=_mutating_init(config),
-        )
+        return describe(self.model, self._adapter(), self._plan().tensors)
 
     def check_fits(self, dtype: torch.dtype, *, slots: bool) -> None:
         """Refuse factors that leave the range of what an engine serves, before they are sent; every rank calls it.
@@ -372,7 +199,7 @@ class FactorSource:
         """
         base = base_of(self.model)
         found = slots(base, (self._adapter(),))
-        names = _checkpoint_names(base, found)
+        names = checkpoint_names(base, found)
         for slot in found:
             if slot.packing != "plain":
                 with whole([slot.held]) as gathered:
@@ -442,90 +269,9 @@ class FactorSource:
                 yield from picked(self.model, other).values()
 
 
-class _Builder:
-    """Collects the spec's entries slot by slot."""
-
-    def __init__(self, wire: dict[int, str], names: dict[str, tuple[str, ...]]) -> None:
-        self.wire = wire
-        self.names = names
-        self.modules: list[FactorModule] = []
-        self.biases: list[FactorBias] = []
-        self.rows: list[FactorRows] = []
-        self.saved: list[FactorSaved] = []
-        self.wrong: list[Mismatch] = []
-
-    def add(self, slot: Slot, *, shared: bool) -> None:
-        """Add a slot's entries; a shared tensor (a tied alias, with tied rows) has them elsewhere already."""
-        if slot.general is not None or any(
-            "MultiheadAttention" in type(s.layer).__name__ for s in slot.steps
-        ):
-            raise UnmergeableError(
-                f"{slot.name}: got a variant of LoRA without plain factors, expected LoRA or DoRA. "
-                "Use MergedSource."
-            )
-        name = self._name(slot)
-        if id(slot.held) in self.wire and not shared:
-            self.saved.append(FactorSaved(name, self.wire[id(slot.held)]))
-        for step in slot.steps:
-            wires = [self.wire[id(param)] for param in step.params]
-            if step.how is not None:
-                self._low_rank(slot, step, step.how, wires)
-            elif step.rows:
-                if not shared or wires[0] not in {rows.tensor for rows in self.rows}:
-                    self.rows.append(FactorRows(name, wires[0], step.rows))
-            else:
-                layer: Any = step.layer
-                self.biases.append(FactorBias(name, wires[0], float(layer.scaling[step.adapter])))
-
-    def _name(self, slot: Slot) -> str:
-        return self.names[slot.name][0] or slot.name
-
-    def _low_rank(self, slot: Slot, step: Step, how: LowRank, wires: list[str]) -> None:
-        layer: Any = step.layer
-        r = int(layer.r[step.adapter])
-        rank = full_shape(step.params[0])[0]
-        if rank != r * how.experts:
-            fix = "The adapter's config and its tensors disagree: reload or retrain it."
-            self.wrong.append(Mismatch(wires[0], f"rank {rank}", f"rank {r * how.experts}", fix))
-        pieces = self.names[slot.name][1:]
-        self.modules.append(
-            FactorModule(
-                weight=self._name(slot),
-                pieces=pieces,
-                dtype=str(slot.dtype).removeprefix("torch."),
-                shape=slot.shape,
-                base=slot.packing,
-                r=r,
-                a=wires[0],
-                b=wires[1],
-                magnitude=wires[2] if how.dora else None,
-                how=how,
-            )
-        )
-
-
 def _all_slots(model: nn.Module, adapter: str) -> list[Slot]:
     return slots(base_of(model), (adapter,))
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _checkpoint_names(base: nn.Module, found: list[Slot]) -> dict[str, tuple[str, ...]]:
-    """Each slot's name in the checkpoint; where values are converted, an empty one and then the pieces."""
-    metas = {slot.name: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for slot in found}
-    names: dict[str, tuple[str, ...]] = {}
-    for group in CheckpointLayout(base).groups(metas):
-        outputs = tuple(name for name, _, _ in group.outputs)
-        names.update(dict.fromkeys(group.members, outputs if group.renamed else ("", *outputs)))
-    return names
-
-
-def _mutating_init(config: dict[str, Any]) -> str | None:
-    init = config.get("init_lora_weights")
-    return init if isinstance(init, str) and init.lower().startswith(_MUTATING) else None
-
-
-def _plain(value: object) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))

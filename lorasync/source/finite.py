@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter, ne
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lorasync.kernels import Peaks, largest
 from lorasync.lent import addresses
 from lorasync.source.base import scale_bound
 from lorasync.zero import can_be_sharded, is_sharded
+from lorasync.zero.gather import held_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ class FiniteCheck:
         Raises:
             NonFiniteError: With the name of every bad tensor.
         """
-        locals_ = [_local(tensor) for tensor in self._tensors] if self._sharded else self._tensors
+        locals_ = [held_part(tensor) for tensor in self._tensors] if self._sharded else self._tensors
         with torch._C.DisableTorchFunctionSubclass():
             is_trained = list(map(_TRAINED, self._tensors))
         look = self._look_at(list(compress(locals_, is_trained)))
@@ -172,13 +173,6 @@ def refuse(bad: list[str], why: str) -> NoReturn:
     """Raise `NonFiniteError` for these tensors, all at once."""
     more = f"\n  … and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     raise NonFiniteError(f"{len(bad)} tensors: {why}\n  " + "\n  ".join(bad[:_SHOWN]) + more)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    if not is_sharded(tensor):
-        return tensor.detach()
-    shard = getattr(tensor, "ds_tensor", None)
-    return cast("Any", tensor).to_local() if shard is None else shard  # type: ignore[no-any-return]
 
 
 def _everywhere(peaks: list[float]) -> list[float]:

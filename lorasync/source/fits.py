@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.source.finite import FiniteCheck, inputs_of, part_name, refuse
-from lorasync.source.whole import whole
+from lorasync.zero.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasync.source.trained import Adapters
-    from lorasync.source.whole import Whole
+    from lorasync.zero.whole import Whole
 
 _DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
 # Variants whose merge is plain LoRA's: they differ in how they start or how they train.

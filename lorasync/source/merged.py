@@ -14,28 +14,20 @@ from lorasync.names import CheckpointLayout, Group
 from lorasync.source.exclude import patterns, refuse_trained_out, without
 from lorasync.source.finite import FiniteCheck, inputs_of
 from lorasync.source.fits import Fit, check_fits, may_leave
-from lorasync.source.fsdp import drop_gathered, fsdp_modules
+from lorasync.source.meta import ParamMeta
 from lorasync.source.model import base_of, unwrap
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.structure import Structure
 from lorasync.source.ties import check_updates, sharing, untied
 from lorasync.source.trained import active_in, check_still_active, pick_adapters
-from lorasync.source.whole import AS_HELD, Whole, whole
 from lorasync.zero import can_be_sharded, is_sharded
+from lorasync.zero.fsdp import drop_gathered, fsdp_modules
+from lorasync.zero.whole import AS_HELD, Whole, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from lorasync.kernels import PendingMerge
-
-
-@dataclass(frozen=True)
-class ParamMeta:
-    """What iteration will yield: the checkpoint's name, the dtype on the wire, the full shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

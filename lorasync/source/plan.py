@@ -18,8 +18,8 @@ from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
 from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
 from lorasync.source.model import submodules, transparent
-from lorasync.source.whole import AS_HELD, Whole
 from lorasync.zero import full_shape
+from lorasync.zero.whole import AS_HELD, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorasync import bnb
 from lorasync.errors import UnmergeableError
 
 if TYPE_CHECKING:
-    from lorasync.source.whole import Whole
+    from lorasync.zero.whole import Whole
 
 _CONTAINERS = (dict, list, set)
 
@@ -86,8 +87,7 @@ def _replicate(module: nn.Module, memo: dict[int, Any], whole: Whole) -> Any:
 def _copied(tensor: Tensor | None, memo: dict[int, Any], whole: Whole) -> Any:
     if tensor is None or id(tensor) in memo:
         return None if tensor is None else memo[id(tensor)]
-    packed = hasattr(tensor, "quant_state") or type(tensor).__name__ == "Int8Params"
-    if packed or tensor.dtype.itemsize == 1:
+    if bnb.is_packed(tensor) or tensor.dtype.itemsize == 1:
         twin: Any = tensor  # replaced by a plain one before anything runs
     else:
         twin = whole(tensor).detach().clone()
@@ -97,7 +97,7 @@ def _copied(tensor: Tensor | None, memo: dict[int, Any], whole: Whole) -> Any:
 
 
 def _is_packed(base: nn.Module) -> bool:
-    return type(base).__name__ in ("Linear4bit", "Linear8bitLt", "FP8Linear")
+    return bnb.layer_bits(base) is not None or type(base).__name__ == "FP8Linear"
 
 
 def _make_plain(layer: Any, base: Any, weight: Tensor, attr: str) -> None:

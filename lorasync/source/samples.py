@@ -10,7 +10,7 @@ from lorasync.base_check import PIECE_SAMPLES, SAMPLES, WeightSample, positions
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.model import base_of
 from lorasync.source.plan import Slot, slots
-from lorasync.source.whole import Whole, whole
+from lorasync.zero.whole import Whole, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

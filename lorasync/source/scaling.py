@@ -11,7 +11,7 @@ from lorasync.errors import Mismatch, MismatchError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasync.source.factors import FactorModule, FactorSpec
+    from lorasync.source.spec import FactorModule, FactorSpec
 
 _FIX = (
     "The layer was scaled by hand (scale_layer, set_scale, rescale_adapter_scale …). Use MergeInWorker or MergedSource, "

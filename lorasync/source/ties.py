@@ -10,7 +10,7 @@ import torch
 
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.source.model import named
-from lorasync.source.whole import Whole, whole
+from lorasync.zero.whole import Whole, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable

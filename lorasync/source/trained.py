@@ -9,9 +9,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from lorasync.errors import AdapterError, UnmergeableError
-from lorasync.source.fsdp import refuse_fsdp1
 from lorasync.source.model import base_of, named, peft_of
 from lorasync.source.structure import ADAPTER_MODULES
+from lorasync.zero.fsdp import refuse_fsdp1
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ def pick_adapters(model: nn.Module, adapter: str | Sequence[str] | None) -> Adap
     known = sorted(configs(model))
     layers = [(path, m) for path, m in named(base) if isinstance(m, ADAPTER_MODULES)]
     _refuse_kinds(model)
-    refuse_fsdp1(model)
+    refuse_fsdp1(param for _, layer in layers for param in layer.parameters())
     if any(param.is_inference() for param in model.parameters()):
         raise AdapterError(
             "model: got tensors that were made under torch.inference_mode(), expected ordinary ones: nothing tells whether "

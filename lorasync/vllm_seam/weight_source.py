@@ -6,39 +6,16 @@ The other shape must not be defined: since 0.33 vLLM refuses it where its class 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from torch import Tensor, dtype
+    from torch import Tensor
 
-
-class Meta(Protocol):
-    """A tensor that will be sent."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class Source(Protocol):
-    """What is sent: `MergedSource`, as far as vLLM asks it."""
-
-    def metadata(self) -> Iterable[Meta]:
-        """Return what iteration will yield, in its order."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor with its name."""
-        ...
+    from lorasync.source.meta import Source
 
 
 if hasattr(WeightSource, "iter_full"):  # since 0.33: what is sent is read once and must not change

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasync.memory import skeleton, unquantized
+from lorasync import bnb
+from lorasync.model_size import skeleton, unquantized
 from lorasync.quantization import LOADED, Quantization, of_config, of_model
 from lorasync.zero.gather import full_shape
 
 if TYPE_CHECKING:
-    from lorasync.presets import QuantPreset
+    from lorasync.presets.quantization import QuantPreset
 
 _FLOAT16 = (torch.float16, torch.bfloat16)
 
@@ -91,20 +92,9 @@ def read_facts(model: Any) -> ModelFacts:
     return _live_facts(model, "live model")
 
 
-def quantized_bits(module: nn.Module) -> int | None:
-    """Return 4 or 8 for bitsandbytes' own quantized linear layers (not PEFT's wrappers of that name)."""
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("bitsandbytes"):
-            if cls.__name__ == "Linear4bit":
-                return 4
-            if cls.__name__ == "Linear8bitLt":
-                return 8
-    return None
-
-
 def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
-    layers = {name: m for name, m in model.named_modules() if quantized_bits(m) is not None}
-    four = {name: m for name, m in layers.items() if quantized_bits(m) == 4}
+    layers = {name: m for name, m in model.named_modules() if bnb.layer_bits(m) is not None}
+    four = {name: m for name, m in layers.items() if bnb.layer_bits(m) == 4}
     packed = {id(m.weight) for m in layers.values()}
     floats = [p for p in model.parameters() if p.is_floating_point() and id(p) not in packed]
     trainable = [p for p in floats if p.requires_grad]
@@ -113,7 +103,7 @@ def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
         subject=subject,
         bits=4 if four else 8 if layers else None,
         storage=frozenset(m.weight.dtype for m in four.values()),
-        compute=frozenset(m.compute_dtype for m in four.values() if m.compute_dtype is not None),
+        compute=frozenset(dtype for m in four.values() if (dtype := bnb.compute_dtype(m)) is not None),
         trainable=len(trainable),
         adapter_dtypes=frozenset(p.dtype for p in trainable),
         float_dtypes=frozenset(p.dtype for p in floats if not p.requires_grad),
@@ -126,8 +116,8 @@ def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
         reentrant=_reentrant(model),
         input_grads=_has_input_grads(base),
         training=model.training,
-        open_trap=tuple(n for n, m in four.items() if getattr(m, "support_avx512bf16_for_cpu", False)),
-        repacked=tuple(n for n, m in four.items() if _is_repacked(m)),
+        open_trap=tuple(n for n, m in four.items() if bnb.has_open_trap(m)),
+        repacked=tuple(n for n, m in four.items() if bnb.is_repacked(bnb.quant_state(m, "weight"))),
         tied_adapted=_tied_adapted(base),
         fused_experts=tuple(n for n, p in model.named_parameters() if _is_fused_expert(n, full_shape(p))),
         initialized=subject == "engine",
@@ -136,16 +126,19 @@ def _live_facts(model: nn.Module, subject: str) -> ModelFacts:
 
 
 def _plan_facts(plan: ZeroPlan) -> ModelFacts:
-    existing = _existing(plan.config)
-    bits = plan.quantization.bits if plan.quantization is not None else existing.get("bits")
-    storage = existing.get("storage", plan.storage_dtype)
+    settings = getattr(plan.config, "quantization_config", None)
+    existing = None if settings is None else bnb.read_settings(settings)
+    asked = plan.quantization or existing
+    bits = None if asked is None else asked.bits
+    storage = plan.storage_dtype if existing is None else existing.storage
+    compute = plan.dtype if existing is None else existing.compute
     plain = unquantized(plan.config)
     shapes = skeleton(plain, dtype=plan.dtype)
     return ModelFacts(
         subject="plan",
         bits=bits,
         storage=frozenset([storage]) if bits == 4 else frozenset(),
-        compute=frozenset([existing.get("compute", plan.dtype)]) if bits == 4 else frozenset(),
+        compute=frozenset([compute]) if bits == 4 else frozenset(),
         float_dtypes=frozenset([plan.dtype]),
         device_map=_planned_devices(plan.device_map),
         device_map_given=plan.device_map is not None,
@@ -206,11 +199,6 @@ def _has_input_grads(base: nn.Module) -> bool:
     return any("require_grad" in getattr(hook, "__name__", "") for hook in hooks.values())
 
 
-def _is_repacked(module: nn.Module) -> bool:
-    state = getattr(module.weight, "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
 def _is_fused_expert(name: str, shape: torch.Size) -> bool:
     return len(shape) == 3 and "experts" in name.split(".")
 
@@ -259,20 +247,3 @@ def _names(value: Any) -> Iterator[str]:
         yield value
     elif value is not None:
         yield from value
-
-
-def _existing(config: Any) -> dict[str, Any]:
-    """Read the settings of a checkpoint that bitsandbytes quantized before."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return {}
-    settings = found if isinstance(found, dict) else found.to_dict()
-    if settings.get("load_in_8bit"):
-        return {"bits": 8}
-    if not settings.get("load_in_4bit"):
-        return {}
-    dtype = {
-        key: getattr(torch, str(settings.get(f"bnb_4bit_{key}", default)).removeprefix("torch."))
-        for key, default in (("quant_storage", "uint8"), ("compute_dtype", "float32"))
-    }
-    return {"bits": 4, "storage": dtype["quant_storage"], "compute": dtype["compute_dtype"]}

@@ -43,7 +43,7 @@ def is_sharded(param: Tensor) -> bool:
     """
     if _is_zero3(param):
         return _status(param) != "AVAILABLE"
-    return _is_dtensor(param) and any(not p.is_replicate() for p in cast("Any", param).placements)
+    return is_dtensor(param) and any(not p.is_replicate() for p in cast("Any", param).placements)
 
 
 def can_be_sharded(param: Tensor) -> bool:
@@ -53,7 +53,7 @@ def can_be_sharded(param: Tensor) -> bool:
         >>> can_be_sharded(torch.zeros(2))
         False
     """
-    return _is_zero3(param) or _is_dtensor(param)
+    return _is_zero3(param) or is_dtensor(param)
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -66,6 +66,14 @@ def full_shape(param: Tensor) -> torch.Size:
         torch.Size([2, 3])
     """
     return torch.Size(cast("Any", param).ds_shape) if _is_zero3(param) else param.shape
+
+
+def held_part(param: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter: all of it, or its shard."""
+    if not is_sharded(param):
+        return param.detach()
+    shard = getattr(param, "ds_tensor", None)
+    return cast("Any", param).to_local() if shard is None else shard  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -98,7 +106,7 @@ def gathered(params: Tensor | Iterable[Tensor], *, timeout: float = _TIMEOUT_S) 
     wanted = _as_list(params)
     unique = list({id(p): p for p in wanted}.values())
     zero3 = [p for p in unique if _is_zero3(p)]
-    dtensors = [p for p in unique if _is_dtensor(p)]
+    dtensors = [p for p in unique if is_dtensor(p)]
     _check_free(zero3 + dtensors)
     _agree(zero3, dtensors, timeout)
     partitioned = [p for p in zero3 if _status(p) == "NOT_AVAILABLE"]
@@ -106,7 +114,7 @@ def gathered(params: Tensor | Iterable[Tensor], *, timeout: float = _TIMEOUT_S) 
         stack.enter_context(_hold(partitioned + dtensors))
         if partitioned:
             stack.enter_context(_zero3_gathered(partitioned))
-        full = {id(p): _full(p) for p in dtensors}
+        full = {id(p): full_tensor(p) for p in dtensors}
         whole = [full.get(id(p), p) for p in wanted]
         stack.enter_context(_read_only([*partitioned, *full.values()]))
         yield whole
@@ -120,7 +128,8 @@ def _status(param: Tensor) -> str:
     return str(cast("Any", param).ds_status.name)
 
 
-def _is_dtensor(param: Tensor) -> bool:
+def is_dtensor(param: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, which FSDP2 makes of parameters."""
     # Where the module was never imported, nobody has made a DTensor; importing it here would cost everybody.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(param, module.DTensor)
@@ -168,7 +177,8 @@ def _zero3_gathered(params: list[Tensor]) -> Iterator[None]:
         yield
 
 
-def _full(param: Tensor) -> Tensor:
+def full_tensor(param: Tensor) -> Tensor:
+    """Return an FSDP2 parameter whole, as a copy; collective."""
     with torch.no_grad():
         return cast("Tensor", cast("Any", param).full_tensor().detach())
 

@@ -15,7 +15,7 @@ from lorasync.zero.rules import RULES, Case
 from lorasync.zero.settings import Fsdp2, read_settings
 
 if TYPE_CHECKING:
-    from lorasync.presets import QuantPreset
+    from lorasync.presets.quantization import QuantPreset
 
 
 def inspect_zero(model: Any, ds_config: Any = None, *, versions: Versions | None = None) -> ZeroReport:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorasync.spelling import nearest
 from lorasync.zero.keys import VALIDATED, ZERO, Path
 
 _ADAM = ("adam", "adamw")
@@ -46,31 +46,12 @@ def unknown_keys(config: Mapping[str, Any], known: Mapping[Path, frozenset[str]]
         known: The keys of each section, by its path; a section that is not there is not looked into.
 
     Example:
-        >>> from lorasync.zero.keys import SECTIONS
+        >>> from lorasync.spelling import nearest
+    from lorasync.zero.keys import SECTIONS
         >>> print(*unknown_keys({"zero_optimisation": {}}, SECTIONS))
         zero_optimisation: got a key that DeepSpeed doesn't know (ignores it without a word). Did you mean zero_optimization?
     """
     return list(_unknown(config, (), known))
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is spelt most like ``name``, or has it as a part; None if nothing comes near.
-
-    Args:
-        name: What was written; case, hyphens and underscores don't count.
-        known: What could have been meant.
-
-    Example:
-        >>> nearest("microbatch", ["train_micro_batch_size_per_gpu", "optimizer"])
-        'train_micro_batch_size_per_gpu'
-    """
-    plain = {_plain(each): each for each in sorted(known, reverse=True)}
-    wanted = _plain(name)
-    close = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.7)
-    if close:
-        return plain[close[0]]
-    parts = [each for each in plain if len(wanted) > 3 and wanted in each]
-    return plain[min(parts, key=len)] if parts else None
 
 
 def _unknown(
@@ -116,7 +97,3 @@ def _is_looked_into(path: Path, section: Mapping[str, Any]) -> bool:
     if path == ("optimizer", "params"):
         return str(section.get("type", "")).lower() in _ADAM
     return path != ("scheduler", "params") or str(section.get("type", "")).startswith("Warmup")
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lorasync.bnb import packed_base
 from lorasync.kernels import GroupedMerge, Int8Base, MergeJob, NestedAbsmax, PackedBase, PlainBase, merge_job
 from lorasync.kernels import tune as tuning
 from lorasync.kernels.grouped import merge_in_torch
@@ -293,9 +294,7 @@ def test_bitsandbytes_dequantizes_to_the_same_bits() -> None:
         for nested in (False, True):
             weight = torch.randn(512, 1024, device="cuda").mul_(0.02).to(BF16)
             data, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
-            holder = torch.nn.Parameter(data, requires_grad=False)
-            holder.quant_state = state
-            base = PackedBase.from_bnb(holder)
+            base = packed_base(data, state)
             want = functional.dequantize_4bit(data, state)
             assert torch.equal(base.dequantize(), want)
             out = torch.empty_like(weight)

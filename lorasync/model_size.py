@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorasync.model_class import class_named_by
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorasync.presets import QuantPreset
+    from lorasync.presets.quantization import QuantPreset
 
 _BLOCK = 64
 _NESTED_BLOCK = 256
@@ -63,22 +65,6 @@ def skeleton(config: Any, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 def unquantized(config: Any) -> Any:
     """Return a copy of a config that says nothing of quantization: of the model that was quantized."""
     return type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-
-
-def class_named_by(config: Any) -> Any:
-    """Return transformers' class that wrote a checkpoint, by ``architectures`` in its config; None if it isn't known.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> class_named_by(LlamaConfig(architectures=["LlamaForCausalLM"])).__name__
-        'LlamaForCausalLM'
-    """
-    import transformers
-
-    name = (getattr(config, "architectures", None) or [""])[0]
-    kind = getattr(transformers, name, None) if name else None
-    by_file = getattr(config, "auto_map", None)  # code beside the weights
-    return None if by_file else kind
 
 
 def quantizable(model: nn.Module, *, skip: list[str] | None = None) -> Iterator[tuple[str, nn.Module]]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from lorasync.zero import gathered
+from lorasync.zero.gather import full_tensor, gathered, is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,19 +35,6 @@ def whole(params: Sequence[Tensor]) -> Iterator[Whole]:
     Args:
         params: ZeRO-3, FSDP2 and plain parameters, mixed as they come.
     """
-    dtensors = [param for param in params if _is_dtensor(param)]
-    with gathered([param for param in params if not _is_dtensor(param)]):
-        with torch.no_grad():
-            full = {id(param): _full(param) for param in dtensors}
-        yield Whole(full)
-
-
-def _full(param: Any) -> Tensor:
-    tensor: Tensor = param.full_tensor()
-    return tensor.detach()
-
-
-def _is_dtensor(param: Tensor) -> bool:
-    # Where the module was never imported, nobody has made a DTensor.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(param, module.DTensor)
+    dtensors = [param for param in params if is_dtensor(param)]
+    with gathered([param for param in params if not is_dtensor(param)]):
+        yield Whole({id(param): full_tensor(param) for param in dtensors})

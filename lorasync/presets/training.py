@@ -1,91 +1,27 @@
-"""Frozen, proven settings to quantize (`NF4`, `FP4`, `INT8`) and to train (`QLORA_ZERO2`, `LORA_ZERO3`).
-
-A preset is data. `dataclasses.replace(QLORA_ZERO2, micro_batch=8)` gives a changed one, and the methods turn
-it into the objects that transformers, PEFT and DeepSpeed take; their keywords override single entries.
-"""
+"""Presets of training: `QLORA_ZERO2` and `LORA_ZERO3`."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasync.errors import Mismatch, MismatchError, ZeroIncompatibilityError
+from lorasync.errors import ZeroIncompatibilityError
+from lorasync.presets.checks import parameters, refuse_unknown, refuse_values
+from lorasync.presets.quantization import NF4, QuantPreset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import torch
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
 
 # Elements. DeepSpeed allocates a whole bucket however few gradients there are; its default, 500 M, is 1 GB
 # in bf16.
 REDUCE_BUCKET = 50_000_000
 
-_ALSO_CALLED = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha"}
-
 Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "cpu"]
-
-
-@dataclass(frozen=True)
-class QuantPreset:
-    """How bitsandbytes stores the frozen base: code book, bits a weight, double quantization of scales."""
-
-    name: str
-    quant_type: Literal["nf4", "fp4", "int8"]
-    double_quant: bool = False
-
-    def __post_init__(self) -> None:
-        _refuse_values(self)
-
-    @property
-    def bits(self) -> int:
-        """Bits of one packed weight, without its share of the scales."""
-        return 8 if self.quant_type == "int8" else 4
-
-    def bnb_config(
-        self,
-        *,
-        compute_dtype: torch.dtype | None = None,
-        storage_dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> BitsAndBytesConfig:
-        """Build the `transformers.BitsAndBytesConfig` of this preset.
-
-        Args:
-            compute_dtype: dtype that 4-bit weights are dequantized to in the forward pass; bf16 if None.
-            storage_dtype: dtype of the tensor that holds packed 4-bit weights; uint8 if None. Under DeepSpeed
-                it must be uint8 or the engine's dtype, under FSDP1 the dtype of the other parameters.
-            **overrides: entries of `BitsAndBytesConfig`, for example ``llm_int8_skip_modules=["lm_head"]``.
-
-        Raises:
-            MismatchError: An entry that `BitsAndBytesConfig` doesn't have, which it would ignore.
-
-        Example:
-            >>> NF4.bnb_config().bnb_4bit_quant_type
-            'nf4'
-        """
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        known = _parameters(BitsAndBytesConfig)
-        other = "bnb_4bit_" if self.bits == 8 else "load_in_8bit"
-        _refuse_unknown(
-            "BitsAndBytesConfig", overrides, [name for name in known if not name.startswith(other)]
-        )
-        if self.bits == 8:
-            return BitsAndBytesConfig(**{"load_in_8bit": True, **overrides})
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.quant_type,
-            "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_compute_dtype": torch.bfloat16 if compute_dtype is None else compute_dtype,
-            "bnb_4bit_quant_storage": torch.uint8 if storage_dtype is None else storage_dtype,
-        }
-        return BitsAndBytesConfig(**{**settings, **overrides})
 
 
 @dataclass(frozen=True)
@@ -111,7 +47,7 @@ class TrainPreset:
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        _refuse_values(self)
+        refuse_values(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,7 +71,7 @@ class TrainPreset:
         """
         from peft import LoraConfig
 
-        _refuse_unknown("LoraConfig", overrides, _parameters(LoraConfig))
+        refuse_unknown("LoraConfig", overrides, parameters(LoraConfig))
         settings = {
             "task_type": "CAUSAL_LM",
             "r": self.r,
@@ -216,7 +152,7 @@ class TrainPreset:
 
 def _accepted(config: dict[str, Any]) -> dict[str, Any]:
     """Have the guard read a config that somebody had a hand in; what DeepSpeed would ignore is refused here."""
-    from lorasync.zero import read_settings  # it needs torch
+    from lorasync.zero.settings import read_settings  # it needs torch
 
     ignored = read_settings(config).ignored
     if ignored:
@@ -238,51 +174,6 @@ def _by_names_in(config: Mapping[str, Any], overrides: dict[str, Any]) -> dict[s
     return {**overrides, "zero_optimization": given}
 
 
-_VALUES: dict[str, tuple[Any, ...]] = {
-    "quant_type": ("nf4", "fp4", "int8"),
-    "stage": (0, 1, 2, 3),
-    "precision": ("bf16", "fp16", "fp32"),
-    "optimizer_offload": ("none", "cpu"),
-}
-_COUNTS = ("r", "alpha", "micro_batch", "global_batch")
-
-
-def _refuse_values(preset: Any) -> None:
-    """Refuse values that no preset can have, all at once: a changed copy of one comes by here too."""
-    given = {field.name: getattr(preset, field.name) for field in fields(preset)}
-    wrong = [
-        Mismatch(name, repr(value), "one of " + ", ".join(map(repr, _VALUES[name])), "Choose one.")
-        for name, value in given.items()
-        if name in _VALUES and not any(value == each and type(value) is type(each) for each in _VALUES[name])
-    ]
-    wrong += [
-        Mismatch(name, repr(value), "a whole number above 0", "Correct it.")
-        for name, value in given.items()
-        if name in _COUNTS and value is not None and (type(value) is not int or value < 1)
-    ]
-    if wrong:
-        raise MismatchError(f"{type(preset).__name__} {preset.name!r}: got values that it can't have.", wrong)
-
-
-def _refuse_unknown(owner: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse arguments that a constructor doesn't have, all at once, with the names that were meant."""
-    from lorasync.zero.unknown import nearest  # it needs torch
-
-    names = sorted(known)
-    near = {key: _ALSO_CALLED.get(key) or nearest(key, names) for key in given if key not in names}
-    if near:
-        fixes = {key: f"Did you mean {name}?" if name else "Leave it out." for key, name in near.items()}
-        raise MismatchError(
-            f"{owner} doesn't have all that was given.",
-            [Mismatch(key, repr(given[key]), f"an entry of {owner}", fix) for key, fix in fixes.items()],
-        )
-
-
-def _parameters(kind: type) -> list[str]:
-    found = inspect.signature(kind).parameters.values()
-    return [each.name for each in found if each.kind is not inspect.Parameter.VAR_KEYWORD]
-
-
 def _squeezed(name: str) -> str:
     return name.replace("_", "").lower()
 
@@ -299,15 +190,6 @@ def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
             result[key] = copy.deepcopy(value)
     return result
 
-
-NF4 = QuantPreset("NF4", "nf4", double_quant=True)
-"""4-bit NormalFloat with doubly quantized scales, the format of the QLoRA paper (arXiv:2305.14314)."""
-
-FP4 = QuantPreset("FP4", "fp4", double_quant=True)
-"""4-bit floats with doubly quantized scales."""
-
-INT8 = QuantPreset("INT8", "int8")
-"""8-bit integers with outlier columns in 16 bits, LLM.int8() (arXiv:2208.07339)."""
 
 QLORA_ZERO2 = TrainPreset("QLORA_ZERO2", stage=2, quantization=NF4)
 """QLoRA on an NF4 base, the base replicated on every rank: the fastest where the 4-bit model fits one GPU."""

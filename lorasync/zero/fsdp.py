@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import AdapterError
-from lorasync.source.structure import ADAPTER_MODULES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` (FSDP2) was called on."""
+    """Return the modules that `fully_shard` (FSDP2) was called on."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -29,14 +28,20 @@ def drop_gathered(modules: Sequence[Any]) -> None:
         module.reshard()
 
 
-def refuse_fsdp1(model: nn.Module) -> None:
+def is_fsdp_class(kind: type) -> bool:
+    """Say whether `fully_shard` has made this class: it gives each module one of its own, above the module's first class."""
+    return any(each.__name__ == "FSDPModule" for each in kind.__mro__)
+
+
+def refuse_fsdp1(params: Iterable[Tensor]) -> None:
     """Refuse FSDP1's shards; within `summon_full_params` there are none.
+
+    Args:
+        params: The parameters of the layers that an adapter changes.
 
     Raises:
         AdapterError: with what works.
     """
-    layers = [m for m in model.modules() if isinstance(m, ADAPTER_MODULES)]
-    params = [param for layer in layers for param in layer.parameters()]
     if any(getattr(param, "_fsdp_flattened", False) and param.dim() < 2 for param in params):
         raise AdapterError(
             "model: got shards of FSDP1 (FullyShardedDataParallel), expected whole weights. Use FSDP2 (fully_shard), which "

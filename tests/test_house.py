@@ -1,0 +1,147 @@
+"""How the house is built, read from its source: imports form no circle, files and functions stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
+
+# What is still being cut. A test fails when an entry is no longer needed, so that these lists only get shorter.
+CIRCLES: set[frozenset[str]] = {
+    frozenset(f"lorasync.receive.{name}" for name in ("base", "direct", "live")),
+    frozenset(f"lorasync.receive.{name}" for name in ("adapter", "apply", "engine", "factors")),
+}
+LONG_FILES = {
+    "lorasync/push/session.py",
+    "lorasync/receive/engine.py",
+    "lorasync/receive/factors.py",
+    "lorasync/wire/__init__.py",
+}
+# A Triton kernel is one function: what it calls is inlined by its compiler.
+LONG_FUNCTIONS = {"lorasync.kernels.triton_merge.merge_tiles"}
+
+
+def sources() -> dict[str, Path]:
+    """Return the file of every module, by the module's name."""
+    found = {}
+    for path in sorted((ROOT / "lorasync").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(tree: ast.AST, modules: set[str]) -> Iterator[str]:
+    """Name the modules of ours that a file imports, wherever in it: in functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in modules or node.module in modules:
+                    yield submodule if submodule in modules else str(node.module)
+
+
+def import_graph() -> dict[str, set[str]]:
+    files = sources()
+    return {
+        module: set(imports(ast.parse(path.read_text()), set(files))) - {module}
+        for module, path in files.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Return the groups of modules each of which imports itself through the others."""
+    reached = {module: _reachable(graph, module) for module in graph}
+    return {
+        frozenset({module, *(other for other in reached[module] if module in reached[other])})
+        for module in graph
+        if module in reached[module]
+    }
+
+
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting.extend(graph[module])
+    return seen
+
+
+def functions(tree: ast.AST, path: str) -> Iterator[tuple[str, int]]:
+    """Yield the dotted name and the lines of every function; its docstring and its signature's lines don't count."""
+    for node in ast.iter_child_nodes(tree):
+        name = f"{path}.{node.name}" if hasattr(node, "name") else path
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield name, (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+        yield from functions(node, name)
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == {frozenset({"b", "c"})}
+    tree = ast.parse(
+        "def f():\n    from lorasync import bnb\n    from lorasync.names import x\n    import torch"
+    )
+    assert set(imports(tree, {"lorasync", "lorasync.bnb", "lorasync.names"})) == {
+        "lorasync.bnb",
+        "lorasync.names",
+    }
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    found = circles(import_graph())
+    assert [sorted(circle) for circle in found - CIRCLES] == []
+    assert [sorted(circle) for circle in CIRCLES - found] == [], "cut: take it off the list"
+
+
+def test_nothing_imports_from_the_face_of_the_package() -> None:
+    assert [module for module, used in import_graph().items() if "lorasync" in used] == []
+
+
+def test_files_are_short() -> None:
+    long = {
+        str(path.relative_to(ROOT))
+        for path in sources().values()
+        if len(path.read_text().splitlines()) > LINES_OF_A_FILE
+    }
+    assert sorted(long - LONG_FILES) == []
+    assert sorted(LONG_FILES - long) == [], "short now, or gone: take it off the list"
+
+
+def test_functions_are_short() -> None:
+    found = {
+        name: lines
+        for module, path in sources().items()
+        for name, lines in functions(ast.parse(path.read_text()), module)
+    }
+    long = {name for name, lines in found.items() if lines > LINES_OF_A_FUNCTION}
+    assert sorted(long - LONG_FUNCTIONS) == []
+    assert sorted(LONG_FUNCTIONS - long) == [], "short now, or gone: take it off the list"
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "deepspeed"])
+def test_a_library_is_imported_in_its_own_room_only(library: str) -> None:
+    rooms = {"bitsandbytes": ("lorasync.bnb",), "deepspeed": ("lorasync.zero",)}[library]
+    users = {
+        module
+        for module, path in sources().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and _imports(node, library)
+    }
+    assert [module for module in sorted(users) if not module.startswith(rooms)] == []
+
+
+def _imports(node: ast.Import | ast.ImportFrom, library: str) -> bool:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+    return any(name.partition(".")[0] == library for name in names)
