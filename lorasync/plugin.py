@@ -7,15 +7,20 @@ heavy, does next to nothing and never raises.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 BACKEND = "lorasync"
+ATTACH = "lorasync_attach"
+"""The name under which `lorasync.push.attach` calls a worker that was started without the backend."""
 
 
 def register() -> None:
-    """Add the worker engine ``"lorasync"`` to vLLM's factory; its module is imported only when used."""
+    """Add the worker engine ``"lorasync"`` to vLLM's factory, and to its workers a method to take it later."""
     try:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+        setattr(WorkerWrapperBase, ATTACH, _attach)
         WeightTransferEngineFactory.register_engine(BACKEND, "lorasync.receive", "WorkerEngine")
     except ValueError:
         pass  # registered already: vLLM may load its plugins more than once in a process
@@ -25,3 +30,10 @@ def register() -> None:
             type(error).__name__,
             error,
         )
+
+
+def _attach(wrapper: Any) -> dict[str, Any]:
+    """Runs in a worker; what it needs is imported only there."""
+    from lorasync.vllm_seam.attach import attach_worker
+
+    return attach_worker(wrapper)

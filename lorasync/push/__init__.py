@@ -2,7 +2,8 @@
 
 from lorasync.push.entry import connect
 from lorasync.push.report import SyncReport
-from lorasync.push.strategies import MergeInWorker, ServeAdapter
+from lorasync.push.strategies import LoadMerged, MergeInWorker, ServeAdapter
 from lorasync.push.sync import Sync
+from lorasync.targets.attach import attach
 
-__all__ = ["MergeInWorker", "ServeAdapter", "Sync", "SyncReport", "connect"]
+__all__ = ["LoadMerged", "MergeInWorker", "ServeAdapter", "Sync", "SyncReport", "attach", "connect"]

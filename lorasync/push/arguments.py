@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.push.issued import OnGone
-from lorasync.push.strategies import MergeInWorker, ServeAdapter
+from lorasync.push.strategies import LoadMerged, MergeInWorker, ServeAdapter
 from lorasync.source import MergedSource
 from lorasync.targets.base import Pause
 from lorasync.targets.kinds import is_engine
@@ -74,7 +74,7 @@ def _is_source(found: Any) -> bool:
 
 
 def _wrong_apply(apply: Any) -> Iterator[Mismatch]:
-    if apply is None or isinstance(apply, MergeInWorker | ServeAdapter):
+    if apply is None or isinstance(apply, LoadMerged | MergeInWorker | ServeAdapter):
         return
     expected = "MergeInWorker(base=…), ServeAdapter(name), or nothing for merged weights"
     if isinstance(apply, type):

@@ -19,7 +19,7 @@ from lorasync.push.handshake import Handshake
 from lorasync.push.measured import warned, with_canary, with_survival
 from lorasync.push.pause import stoppable
 from lorasync.push.sender import Sender
-from lorasync.push.strategies import Apply, LoadMerged, ServeAdapter
+from lorasync.push.strategies import LoadMerged, ServeAdapter
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
 from lorasync.push.versions import AdapterVersions
 from lorasync.wire import manifest_as_text
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lorasync.push.issued import OnGone
     from lorasync.push.report import SyncReport
+    from lorasync.push.strategies import Strategy
     from lorasync.source.meta import Source
     from lorasync.targets.base import Pause
     from lorasync.verify import Canary
@@ -41,7 +42,7 @@ class Sync:
 
     Attributes:
         source: what travels; may be replaced by another one with the same metadata.
-        apply: what the workers do with factors.
+        apply: what the workers do with what comes, as it was given to `connect`.
         version: what the engines serve; 0 before the first push.
     """
 
@@ -49,7 +50,7 @@ class Sync:
         self,
         source: Source,
         target: object,
-        apply: Apply | None,
+        apply: Strategy | None,
         *,
         pause: Pause,
         timeout: float,

@@ -161,7 +161,14 @@ class AdapterApplier:
         may_ignore = may_be_ignored(list(samples), {m.weight for m in self._spec.modules})
         plan = self._served.plan_for(manifest, what="the weights that were trained on", may_ignore=may_ignore)
         self._notes = ignored_notes(plan)
-        live, checkpoint, changed = self._served.live(plan), self._served.checkpoint, self._served.changed
+        live, checkpoint = self._served.live(plan), self._served.checkpoint
+        unseen = {
+            row.param
+            for row in plan.rows
+            if row.param in self._served.unseen and row.param not in live.direct
+        }
+        changed = self._served.changed - unseen
+        self._notes += _unseen_notes(unseen)
 
         def read(row: Row) -> torch.Tensor:
             if row.param in live.direct:
@@ -180,6 +187,15 @@ class AdapterApplier:
             "policy, or accept it with ServeAdapter(..., other_base=True)."
         )
         check_base(samples, plan, read, dtype, fix=fix, read_whole=read_whole)
+
+
+def _unseen_notes(params: Collection[str]) -> list[str]:
+    if not params:
+        return []
+    return [
+        f"the engine ran before it was attached, and {len(params)} of its weights can't be read back ({min(params)}, for one): "
+        "whether they are still its checkpoint's was not checked. If somebody has changed them, start a fresh engine."
+    ]
 
 
 def _refuse_changed(params: Collection[str]) -> None:

@@ -264,6 +264,8 @@ class Conversation:
             self._abort(applier)
             raise
         self._before, self.version = self.version, message.version
+        if applier.changes_weights:
+            self.served.unseen.clear()
         self.closed = ""
         self._digests = []
         return digest

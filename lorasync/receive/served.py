@@ -37,7 +37,15 @@ class ServedModel:
         self.device = device
         self.changed: set[str] = changed_at_start(config, model)
         """Parameters that are, or may be, something else than the checkpoint's."""
+        self.unseen: set[str] = set()
+        """Those of them of which it is only not known what was done to them before the engine got ours."""
         self._copies: dict[str, CopiedBases] = {}
+
+    def ran_before(self) -> None:
+        """The engine ran without ours until now: any of its weights may be something else than the checkpoint's."""
+        if has_checkpoint(self.model_config):
+            self.unseen = _names_of(self.model)
+            self.changed.update(self.unseen)
 
     @property
     def model_config(self) -> Any:
@@ -126,6 +134,10 @@ def changed_at_start(vllm_config: Any, model: torch.nn.Module) -> set[str]:
     """
     if not loads_random_weights(vllm_config) or not has_checkpoint(vllm_config.model_config):
         return set()
+    return _names_of(model)
+
+
+def _names_of(model: torch.nn.Module) -> set[str]:
     return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
 
 

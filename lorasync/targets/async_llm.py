@@ -24,8 +24,8 @@ class AsyncLLMTarget:
     in_process = spread = False
     generates_meanwhile = True
 
-    def __init__(self, engine: Any, *, timeout: float, pause: Pause) -> None:
-        parallel = checked_config(engine.vllm_config)
+    def __init__(self, engine: Any, *, timeout: float, pause: Pause, attaching: bool = False) -> None:
+        parallel = checked_config(engine.vllm_config, attaching=attaching)
         if engine.output_handler is None:
             raise EngineNotReadyError(
                 "AsyncLLM: got one that no event loop runs, expected one made inside of a running loop. Make it in a "
@@ -48,10 +48,13 @@ class AsyncLLMTarget:
 
     def call(self, message: dict[str, Any], payload: Any) -> list[Any]:
         """Give a message to every worker of every replica."""
-        arguments = (message, payload)
+        return self.everywhere(METHOD, (message, payload))
+
+    def everywhere(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+        """Call a method of every worker of every replica; return what each returns."""
         if self._replicas == 1:
-            return list(self._run(lambda: self._engine.collective_rpc(METHOD, args=arguments)))
-        answers = self._run(lambda: _of_all_replicas(self._engine.engine_core, arguments))
+            return list(self._run(lambda: self._engine.collective_rpc(method, args=arguments)))
+        answers = self._run(lambda: _of_all_replicas(self._engine.engine_core, method, arguments))
         return [answer for replica in answers for answer in replica]
 
     def name_version(self, version: str) -> None:
@@ -116,9 +119,9 @@ async def _nothing() -> None:
     """One step of an event loop."""
 
 
-async def _of_all_replicas(core: Any, arguments: tuple[Any, ...]) -> list[list[Any]]:
+async def _of_all_replicas(core: Any, method: str, arguments: tuple[Any, ...]) -> list[list[Any]]:
     """What the workers of every data-parallel replica answer; vLLM's own call returns only the first replica's."""
-    call = ("collective_rpc", METHOD, None, arguments, None)
+    call = ("collective_rpc", method, None, arguments, None)
     if hasattr(core, "call_utility_all_async"):
         return list(await core.call_utility_all_async(*call))
     waiting = [core._call_utility_async(*call, engine=engine) for engine in core.core_engines]

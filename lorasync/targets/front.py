@@ -26,8 +26,8 @@ def _adapter_id(state: Any) -> int:
     return int(state.lora_request.lora_int_id)
 
 
-def checked_config(vllm_config: Any) -> Any:
-    """VLLM's `ParallelConfig`, of an engine that was started with our backend and can be reached as a whole.
+def checked_config(vllm_config: Any, *, attaching: bool = False) -> Any:
+    """VLLM's `ParallelConfig`, of an engine that has our backend, or is about to get it, and can be reached as a whole.
 
     Raises:
         MismatchError: if a push would reach a part of the engine only.
@@ -35,7 +35,7 @@ def checked_config(vllm_config: Any) -> Any:
     """
     check_layout(vllm_config.parallel_config)
     backend = backend_of(vllm_config)
-    if backend != BACKEND:
+    if backend != BACKEND and not attaching:
         raise EngineNotReadyError(
             f"weight transfer backend: got {backend!r}, expected {BACKEND!r}. Start the engine with {ARGUMENT}, or with "
             f"vllm serve {FLAG}; or take it as it is: connect(source, lorasync.push.attach(llm))."

@@ -19,8 +19,8 @@ class LLMTarget:
 
     generates_meanwhile = False
 
-    def __init__(self, llm: Any, *, timeout: float) -> None:
-        parallel = checked_config(llm.llm_engine.vllm_config)
+    def __init__(self, llm: Any, *, timeout: float, attaching: bool = False) -> None:
+        parallel = checked_config(llm.llm_engine.vllm_config, attaching=attaching)
         self._llm = llm
         self.patience = Patience(timeout)
         core = self.engine = llm.llm_engine.engine_core
@@ -37,9 +37,12 @@ class LLMTarget:
         """No thread is the engine's."""
 
     def call(self, message: dict[str, Any], payload: Any) -> list[Any]:
-        """Give a message to every worker, by vLLM's own `collective_rpc`."""
-        found = self._call(lambda: self._llm.collective_rpc(METHOD, args=(message, payload)), message["op"])
-        return list(found)
+        """Give a message to every worker."""
+        return self.everywhere(METHOD, (message, payload), what=message["op"])
+
+    def everywhere(self, method: str, arguments: tuple[Any, ...], *, what: str = "") -> list[Any]:
+        """Call a method of every worker that this object drives; return what each returns."""
+        return list(self._call(lambda: self._llm.collective_rpc(method, args=arguments), what or method))
 
     def name_version(self, version: str) -> None:
         name = getattr(self._llm.llm_engine, "set_weight_version", None)  # up to 0.27 there is none
