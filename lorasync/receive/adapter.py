@@ -192,10 +192,11 @@ class AdapterApplier:
 def _unseen_notes(params: Collection[str]) -> list[str]:
     if not params:
         return []
-    return [
-        f"the engine ran before it was attached, and {len(params)} of its weights can't be read back ({min(params)}, for one): "
+    note = (
+        f"the engine ran before it was attached, and {len(params)} of its weights can't be read back (one: {min(params)}): "
         "whether they are still its checkpoint's was not checked. If somebody has changed them, start a fresh engine."
-    ]
+    )
+    return [note]
 
 
 def _refuse_changed(params: Collection[str]) -> None:
