@@ -12,6 +12,7 @@ from tests.contracts.ways import (
     ENGINES,
     HERE,
     NAMES,
+    REPLICAS,
     SOURCE,
     THERE,
 )
@@ -39,6 +40,23 @@ _PLUGIN = [
     _fact("../pyproject.toml", "vllm.plugins:DEFAULT_PLUGINS_GROUP", ALL, offers("vllm.general_plugins"), "= the group of our entry point"),
 ]  # fmt: skip
 
+_CALL = [
+    _fact("targets/llm.py", f"{LLM}.collective_rpc", OFFLINE, takes(1, "args")),
+    _fact("targets/llm.py", f"{LLM}.collective_rpc", OFFLINE, says("-> list"), "gives back what all workers return"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.collective_rpc", (ASYNC,), takes(1, "args")),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.collective_rpc", (ASYNC,), says("return await self.engine_core.collective_rpc_async"), "gives back what the engine core returns"),
+    _fact("targets/async_llm.py", f"{CLIENT}:AsyncMPClient.collective_rpc_async", (ASYNC,), says("return await self.call_utility_async('collective_rpc', method, timeout, args, kwargs)"), "calls the utility `collective_rpc` with method, timeout, args, kwargs"),
+    _fact("targets/async_llm.py", f"{CLIENT}:DPLBAsyncMPClient.call_utility_all_async", (REPLICAS,), starts_with("method"), "asks every replica", since="0.32", instead="_call_utility_async for each of core_engines"),
+    _fact("targets/async_llm.py", f"{CLIENT}:AsyncMPClient._call_utility_async", (REPLICAS,), takes(1, "engine"), "takes arguments by place, and which replica"),
+    _fact("targets/async_llm.py", f"{CLIENT}:MPClient.core_engines", (REPLICAS,)),
+    _fact("targets/base.py", "vllm.v1.serial_utils:run_method", ALL, says("getattr(obj, method)", "return func(*args, **kwargs)"), "calls whatever attribute of the worker has that name, and returns what it returns"),
+    _fact("targets/base.py", "vllm.v1.executor.uniproc_executor:UniProcExecutor.collective_rpc", ALL, says("run_method(self.driver_worker, method, args, kwargs)"), "does so"),
+    _fact("targets/base.py", "vllm.v1.executor.multiproc_executor:WorkerProc", ALL, says("getattr(self.worker, method)"), "does so too"),
+    _fact("targets/base.py", "vllm.v1.worker.worker_base:WorkerWrapperBase.__getattr__", ALL, says("getattr(self.worker, attr)"), "passes on to the worker"),
+    _fact("targets/base.py", "vllm.v1.worker.gpu_worker:Worker.weight_transfer_engine", ALL, what="keeps our weight_transfer_engine"),
+    _fact("targets/base.py", "vllm.v1.worker.gpu_worker:Worker.load_model", ALL, says("self.weight_transfer_engine = WeightTransferEngineFactory.create_engine("), "makes our engine"),
+]  # fmt: skip
+
 _LLM = [
     _fact("targets/llm.py", f"{LLM}.llm_engine", OFFLINE),
     _fact("targets/llm.py", f"{LLM_ENGINE}.vllm_config", OFFLINE),
@@ -46,56 +64,51 @@ _LLM = [
     _fact("targets/llm.py", f"{CLIENT}:InprocClient.engine_core", (HERE,), what="says that the core is in this process"),
     _fact("targets/llm.py", "vllm.v1.engine.core:EngineCore.model_executor", (HERE,)),
     _fact("targets/llm.py", "vllm.v1.executor.uniproc_executor:UniProcExecutor.driver_worker", (HERE,), what="says that the worker is in this process"),
-    _fact("targets/llm.py", f"{LLM}.init_weight_transfer_engine", OFFLINE, takes(1), "takes a dict"),
-    _fact("targets/llm.py", f"{LLM}.init_weight_transfer_engine", OFFLINE, says("'init_info'"), "reads init_info of it"),
-    _fact("targets/llm.py", f"{LLM}.start_weight_update", OFFLINE, takes(0)),
-    _fact("targets/llm.py", f"{LLM}.update_weights", OFFLINE, takes(1), "takes a dict"),
-    _fact("targets/llm.py", f"{LLM}.update_weights", OFFLINE, says("'update_info'"), "reads update_info of it"),
-    _fact("targets/llm.py", f"{LLM}.finish_weight_update", OFFLINE, takes(0)),
     _fact("targets/llm.py", f"{LLM}.reset_prefix_cache", OFFLINE, takes(0)),
     _fact("targets/llm.py", f"{LLM}.reset_prefix_cache", OFFLINE, says("-> bool"), "says whether it did"),
     _fact("targets/llm.py", f"{LLM_ENGINE}.reset_encoder_cache", OFFLINE, takes(0)),
     _fact("targets/llm.py", f"{LLM_ENGINE}.set_weight_version", (NAMES,), takes(1), since="0.28", why="vLLM has no set_weight_version: outputs don't say of which version they are"),
-    _fact("targets/llm.py", f"{LLM_ENGINE}.has_unfinished_requests", OFFLINE, takes(0)),
+    _fact("targets/llm.py", f"{LLM_ENGINE}.has_unfinished_requests", (), takes(0), "(named in an error)"),
     _fact("targets/llm.py", f"{LLM_ENGINE}.output_processor", OFFLINE),
     _fact("targets/llm.py", f"{LLM_ENGINE}.step", (), takes(0), "(named in an error)"),
     _fact("targets/llm.py", f"{LLM_ENGINE}.abort_request", (), takes(1, "internal"), "(named in an error)"),
-    _fact("targets/llm.py", "vllm.v1.engine.output_processor:OutputProcessor.request_states", ENGINES),
-    _fact("targets/llm.py", "vllm.v1.engine.output_processor:RequestState.lora_request", ENGINES),
-    _fact("targets/llm.py", "vllm.v1.engine.output_processor:RequestState.lora_name", ENGINES),
-    _fact("targets/llm.py", f"{CONFIG}:VllmConfig.weight_transfer_config", ALL),
-    _fact("targets/llm.py", f"{CONFIG}:VllmConfig.parallel_config", ALL),
-    _fact("targets/llm.py", "vllm.config.weight_transfer:WeightTransferConfig.backend", ALL),
+    _fact("targets/llm.py", "vllm.v1.engine.output_processor:OutputProcessor.request_states", OFFLINE),
+]  # fmt: skip
+
+_FRONT = [
+    _fact("targets/front.py", "vllm.v1.engine.output_processor:OutputProcessor.request_states", ENGINES),
+    _fact("targets/front.py", "vllm.v1.engine.output_processor:RequestState.lora_request", ENGINES),
+    _fact("targets/front.py", "vllm.v1.engine.output_processor:RequestState.lora_name", ENGINES),
+    _fact("targets/front.py", "vllm.lora.request:LoRARequest.lora_int_id", ENGINES),
+    _fact("targets/front.py", f"{LLM_ENGINE}.output_processor", OFFLINE),
+    _fact("targets/front.py", f"{ASYNC_LLM}.output_processor", (ASYNC,)),
+    _fact("targets/front.py", f"{CONFIG}:VllmConfig.weight_transfer_config", ALL),
+    _fact("targets/front.py", f"{CONFIG}:VllmConfig.parallel_config", ALL),
+    _fact("targets/front.py", "vllm.config.weight_transfer:WeightTransferConfig.backend", ALL),
 ]  # fmt: skip
 
 _ASYNC = [
-    _fact("targets/llm.py", f"{ASYNC_LLM}.vllm_config", (ASYNC,)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.output_handler", (ASYNC,), what="the task whose loop runs the engine"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.engine_core", (ASYNC,)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.output_processor", (ASYNC,)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.errored", (ASYNC,)),
-    _fact("targets/llm.py", f"{BASE}:WeightTransferInitRequest", (ASYNC,), takes(0, "init_info"), "is made of init_info"),
-    _fact("targets/llm.py", f"{BASE}:WeightTransferUpdateRequest", (ASYNC,), takes(0, "update_info"), "is made of update_info"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.init_weight_transfer_engine", (ASYNC,), takes(1)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.start_weight_update", (ASYNC,), takes(0)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.update_weights", (ASYNC,), takes(1)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.finish_weight_update", (ASYNC,), takes(0)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.update_weight_version", (NAMES,), takes(1), since="0.28", why="vLLM has no set_weight_version: outputs don't say of which version they are"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), takes(0, "reset_running_requests")),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), says("-> bool"), "says whether it did"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.reset_encoder_cache", (ASYNC,), takes(0)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.renderer", (ASYNC,)),
-    _fact("targets/llm.py", "vllm.renderers.base:BaseRenderer.clear_mm_cache_async", (ASYNC,), takes(0)),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.pause_generation", (ASYNC,), takes(0, "mode", "clear_cache")),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.resume_generation", (ASYNC,), takes(0)),
-    _fact("targets/llm.py", f"{CLIENT}:AsyncMPClient.pause_scheduler_async", (ASYNC,), takes(0, "mode", "clear_cache"), "is what a pause `keep` comes down to"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.pause_generation", (ACCEPTING,), says("pause_scheduler_async"), "calls pause_scheduler_async for every mode", until="0.32", why="vLLM rejects requests that come between a pause `wait` or `abort` and its end (HTTP 503); with `keep`, the default, they queue"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.vllm_config", (ASYNC,)),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.output_handler", (ASYNC,), what="the task whose loop runs the engine"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.engine_core", (ASYNC,)),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.errored", (ASYNC,)),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.update_weight_version", (NAMES,), takes(1), since="0.28", why="vLLM has no set_weight_version: outputs don't say of which version they are"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), takes(0, "reset_running_requests")),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.reset_prefix_cache", (ASYNC,), says("-> bool"), "says whether it did"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.reset_encoder_cache", (ASYNC,), takes(0)),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.renderer", (ASYNC,)),
+    _fact("targets/async_llm.py", "vllm.renderers.base:BaseRenderer.clear_mm_cache_async", (ASYNC,), takes(0)),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.pause_generation", (ASYNC,), takes(0, "mode", "clear_cache")),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.resume_generation", (ASYNC,), takes(0)),
+    _fact("targets/async_llm.py", f"{CLIENT}:AsyncMPClient.pause_scheduler_async", (ASYNC,), takes(0, "mode", "clear_cache"), "is what a pause `keep` comes down to"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.pause_generation", (ACCEPTING,), says("pause_scheduler_async"), "calls pause_scheduler_async for every mode", until="0.32", why="vLLM rejects requests that come between a pause `wait` or `abort` and its end (HTTP 503); with `keep`, the default, they queue"),
     _fact("targets/base.py", "vllm.v1.engine:PauseMode", (ASYNC,), offers("keep", "wait", "abort"), "has keep, wait, abort"),
-    _fact("targets/llm.py", f"{ASYNC_LLM}.pause_generation", (), says("renderer.clear_mm_cache_async"), "clears the front end's multimodal cache too"),
+    _fact("targets/async_llm.py", f"{ASYNC_LLM}.pause_generation", (), says("renderer.clear_mm_cache_async"), "clears the front end's multimodal cache too"),
     _fact("targets/kinds.py", f"{ASYNC_LLM}.pause_generation", (ASYNC,), what="(tells an AsyncLLM from other objects)"),
     _fact("targets/kinds.py", f"{ASYNC_LLM}.output_handler", (ASYNC,), what="(tells an AsyncLLM from other objects)"),
     _fact("targets/kinds.py", f"{LLM}.llm_engine", OFFLINE, what="(tells an LLM from other objects)"),
     _fact("targets/kinds.py", f"{LLM_ENGINE}.engine_core", (), what="(tells an LLM from its llm_engine, for an error)"),
+    _fact("targets/kinds.py", f"{BASE}:VLLMWeightSyncClient.update_weights", (), what="(told apart by its update_weights, for an error)"),
 ]  # fmt: skip
 
 _DEATH = [
@@ -120,18 +133,15 @@ _REQUESTS = [
     _fact("push/issued.py", "vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys", (), says("lora_path"), "makes the path part of the prefix cache's key", since="0.31", instead="the name, which is another for every version"),
 ]  # fmt: skip
 
-_CLIENTS = [
-    _fact("targets/base.py", f"{BASE}:VLLMWeightSyncClient.init_weight_transfer_engine", (), takes(1)),
-    _fact("targets/base.py", f"{BASE}:VLLMWeightSyncClient.start_weight_update", (), takes(0)),
-    _fact("targets/base.py", f"{BASE}:VLLMWeightSyncClient.update_weights", (), takes(1)),
-    _fact("targets/base.py", f"{BASE}:VLLMWeightSyncClient.finish_weight_update", (), takes(0)),
-]  # fmt: skip
-
 _LAYOUT = [
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_size", ALL),
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.pipeline_parallel_size", ALL),
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.nnodes", ALL),
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.world_size", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.rank", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_index", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_external_lb", ALL),
+    _fact("layout.py", "vllm.config.parallel:ParallelConfig.data_parallel_hybrid_lb", ALL),
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.distributed_executor_backend", ALL),
     _fact("layout.py", "vllm.config.parallel:ParallelConfig.enable_expert_parallel", ALL),
     _fact("layout.py", "vllm.config.parallel:DistributedExecutorBackend", (), offers("external_launcher"), "has external_launcher"),
@@ -164,4 +174,4 @@ _SOURCE = [
     _fact("source/weight_source.py", f"{BASE}:WeightSource.__init_subclass__", (SOURCE,), says("cached_property"), "wants metadata to be a cached_property", since="0.33", instead="a method"),
 ]  # fmt: skip
 
-PUSH = (*_PLUGIN, *_LLM, *_ASYNC, *_DEATH, *_REQUESTS, *_CLIENTS, *_LAYOUT, *_VERIFY, *_SOURCE)
+PUSH = (*_PLUGIN, *_CALL, *_LLM, *_FRONT, *_ASYNC, *_DEATH, *_REQUESTS, *_LAYOUT, *_VERIFY, *_SOURCE)

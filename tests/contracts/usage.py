@@ -24,15 +24,9 @@ CARRIERS = frozenset(
 """An attribute or parameter of one of these names is vLLM's, wherever it stands."""
 
 ROOTS = {
-    "lorasync/targets/llm.py": {
-        "llm",
-        "engine",
-        "core",
-        "executor",
-        "state",
-        "self._llm",
-        "self._engine",
-    },
+    "lorasync/targets/llm.py": {"llm", "engine", "core", "executor", "self._llm"},
+    "lorasync/targets/async_llm.py": {"engine", "core", "self._engine"},
+    "lorasync/targets/front.py": {"engine", "state"},
     "lorasync/targets/patience.py": {"core"},
     "lorasync/push/adapter_request.py": {"request"},
     "lorasync/push/plan.py": {"lora"},
