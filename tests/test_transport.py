@@ -53,7 +53,7 @@ def agreed(post: Post, *, hands_over: bool = False) -> tuple[Receivers, Place]:
 
 
 def same(found: Any, bucket: dict[str, torch.Tensor]) -> bool:
-    return list(found) == list(bucket) and all(
+    return set(found) == set(bucket) and all(
         found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in bucket.items()
     )
 
