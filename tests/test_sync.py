@@ -247,7 +247,7 @@ def test_a_client_with_vllm_s_four_calls_for_weights_is_refused_as_they_return_n
     names = "init_weight_transfer_engine start_weight_update update_weights finish_weight_update reset_prefix_cache"
     calls = dict.fromkeys(names.split(), lambda *_: pytest.fail("nothing is to be called"))
     with pytest.raises(
-        EngineNotReadyError, match="expected .*collective_rpc.*return nothing.*could not be known"
+        EngineNotReadyError, match=r"expected .*collective_rpc.*return nothing.*could not be known"
     ):
         connected(policy, type("FourCalls", (), calls)(), way)
 
@@ -667,7 +667,7 @@ def test_a_handshake_that_hangs_costs_one_time_limit(policy, way):
     llm, go_on = StubLLM(), threading.Event()
     llm.on["hello"] = lambda: go_on.wait(30)
     began = time.monotonic()
-    with pytest.raises(SyncTimeoutError, match="hello: .*did not answer within 1 s"):
+    with pytest.raises(SyncTimeoutError, match=r"hello: .*did not answer within 1 s"):
         connected(policy, llm, way, timeout=1.0)
     assert time.monotonic() - began < 2.5
     go_on.set()
