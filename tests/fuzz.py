@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import random
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 
 def mutated(good: bytes, chance: random.Random) -> bytes:
     """Safetensors bytes that something has happened to."""
     return chance.choice(_BYTES)(good, chance)
+
+
+def mutated_bytes(good: bytes, chance: random.Random) -> bytes:
+    """Bytes without a header of their own that something has happened to."""
+    return chance.choice((_bits, _cut, _longer, _moved, _noise, _pickle))(good, chance)
+
+
+@contextlib.contextmanager
+def any_digest() -> Iterator[None]:
+    """No digest refuses, so that what comes before it has to."""
+    with mock.patch("lorasync.transport.shared_memory.check_digest"):
+        yield
 
 
 def _bits(good: bytes, chance: random.Random) -> bytes:

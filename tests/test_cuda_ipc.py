@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase
 from lorasync.kernels.checksum import Checksum
 from lorasync.lent import Held, Item, Lent, made
-from lorasync.transport.cuda_ipc import Lender, Openings
+from lorasync.transport.cuda_ipc import NO_SHARED_GPU, Receiver, Sender
 from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text, handles_from_text
 from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, from_text
 from tests import models
@@ -212,12 +213,28 @@ def test_a_malformed_handle_is_refused(change: dict[str, object]) -> None:
         handles_from_text("[")
 
 
-def test_a_worker_without_a_gpu_opens_nothing() -> None:
+def test_a_worker_without_a_gpu_opens_nothing_and_says_so_in_the_handshake() -> None:
+    assert "no GPU" in Receiver(torch.device("cpu")).refuses({})
     with pytest.raises(PayloadError, match="on a worker on cpu"):
-        Openings(torch.device("cpu")).read(handles_as_text([HANDLE]), "{}", "0" * 32)
+        Receiver(torch.device("cpu")).take(
+            {"handles": handles_as_text([HANDLE]), "layout": "{}"}, b"", "0" * 32
+        )
 
 
 # ---------------------------------------------------------------------- both sides, memory in one process
+
+
+def test_a_trainer_without_a_gpu_does_not_offer_it_and_sends_nothing_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert torch.cuda.is_available() or Sender().offer() is None
+    bucket = {"w": torch.zeros(4)}
+    for gpu in ("", "GPU-of-an-engine"):
+        assert not Sender().takes(bucket, SimpleNamespace(name="engine", ways=("cuda_ipc",), gpu=gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Sender().offer() == {}
+    monkeypatch.setenv(NO_SHARED_GPU, "1")
+    assert Sender().offer() is None
 
 
 class HereOnly:
@@ -234,73 +251,89 @@ class HereOnly:
 
 def test_a_bucket_is_the_same_for_both_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     here = HereOnly(monkeypatch)
-    lender, openings = Lender(here.export), Openings(torch.device("cpu"))
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     held, merge = torch.nn.Parameter(torch.randn(4, 4)), a_merge(bases()["nf4"])
     askew = torch.zeros(3, 2).T
     lent = Lent({"held": Held(held), "merge": merge, "askew": Held(askew)})
-    letters, buckets = [], []
+    parcels, buckets = [], []
     for step in range(3):
         held.data.fill_(step)
         askew.fill_(step)
-        letter = lender.put(lent)
-        bucket = openings.read(letter.handles, letter.layout, letter.digest)
-        letters.append(letter)
+        parcel = sender.put(lent)
+        bucket = receiver.take(parcel.fields, b"", parcel.digest)
+        parcels.append(parcel)
         buckets.append(bucket)
         assert torch.equal(bucket["held"], held.detach())  # type: ignore[arg-type]
         assert bucket["askew"].tolist() == [[step] * 3] * 2  # type: ignore[union-attr]
-    assert len({(letter.handles, letter.layout) for letter in letters}) == 1
-    assert len({letter.digest for letter in letters}) == 3
+    assert len({json.dumps(parcel.fields, sort_keys=True) for parcel in parcels}) == 1
+    assert len({parcel.digest for parcel in parcels}) == 3
     assert buckets[1] is buckets[0]
     assert len(here.shown) == 7  # the held one, the packed base's three, A and B; and the buffer
 
 
 def test_what_a_source_made_is_copied_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     here = HereOnly(monkeypatch)
-    lender, openings = Lender(here.export), Openings(torch.device("cpu"))
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     for step in range(3):
         for names in ("ab", "cd"):  # two buckets, one buffer
             made_now = {name: torch.full((5,), float(step), dtype=torch.bfloat16) for name in names}
-            letter = lender.put(made_now)
-            bucket = openings.read(letter.handles, letter.layout, letter.digest)
+            parcel = sender.put(made_now)
+            bucket = receiver.take(parcel.fields, b"", parcel.digest)
             assert {name: t.tolist() for name, t in bucket.items()} == {n: [step] * 5 for n in names}  # type: ignore[union-attr]
     assert len(here.shown) == 2
-    lender.put({"a": torch.zeros(1000)})
+    sender.put({"a": torch.zeros(1000)})
     assert len(here.shown) == 3
 
 
 def test_what_moves_is_shown_anew_and_the_old_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     here = HereOnly(monkeypatch)
-    lender, openings = Lender(here.export), Openings(torch.device("cpu"))
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     param = torch.nn.Parameter(torch.zeros(4))
-    first = lender.put(Lent({"w": Held(param)}))
-    openings.read(first.handles, first.layout, first.digest)
+    first = sender.put(Lent({"w": Held(param)}))
+    receiver.take(first.fields, b"", first.digest)
     param.data = torch.ones(4)
-    second = lender.put(Lent({"w": Held(param)}))
-    assert second.handles != first.handles
-    assert openings.read(second.handles, second.layout, second.digest)["w"].tolist() == [1.0] * 4  # type: ignore[union-attr]
-    assert len(openings._pages) == 1
+    second = sender.put(Lent({"w": Held(param)}))
+    assert second.fields["handles"] != first.fields["handles"]
+    assert receiver.take(second.fields, b"", second.digest)["w"].tolist() == [1.0] * 4  # type: ignore[union-attr]
+    assert len(receiver._pages) == 1
+
+
+def test_after_a_failed_push_the_buffer_is_kept_and_after_the_end_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = HereOnly(monkeypatch)
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
+    first = sender.put({"w": torch.ones(4)})
+    assert receiver.take(first.fields, b"", first.digest)["w"].tolist() == [1.0] * 4  # type: ignore[union-attr]
+    sender.release()
+    assert sender.put({"w": torch.zeros(4)}).fields == first.fields
+    sender.close()
+    receiver.close()
+    assert not sender._buffer.numel()
+    assert not sender._pages
+    assert not receiver._pages
 
 
 @pytest.mark.parametrize("where", ["held", "base", "a"])
 def test_altered_bytes_are_not_read(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     here = HereOnly(monkeypatch)
-    lender, openings = Lender(here.export), Openings(torch.device("cpu"))
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     held, merge = torch.zeros(4), a_merge(bases()["plain"])
-    letter = lender.put(Lent({"held": Held(held), "merge": merge}))
+    parcel = sender.put(Lent({"held": Held(held), "merge": merge}))
     changes = {"held": held, "base": merge.base.weight, "a": merge.lora_a}  # type: ignore[union-attr]
     changes[where].view(torch.uint8)[0] ^= 1
     with pytest.raises(PayloadError, match="bytes were altered"):
-        openings.read(letter.handles, letter.layout, letter.digest)
+        receiver.take(parcel.fields, b"", parcel.digest)
 
 
 def test_a_base_that_was_written_to_is_summed_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     here = HereOnly(monkeypatch)
-    lender, openings = Lender(here.export), Openings(torch.device("cpu"))
+    sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     merge = a_merge(bases()["plain"])
     lent = Lent({"merge": merge})
     for _ in range(2):
-        letter = lender.put(lent)
-        openings.read(letter.handles, letter.layout, letter.digest)
+        parcel = sender.put(lent)
+        receiver.take(parcel.fields, b"", parcel.digest)
         merge.base.weight.add_(1)  # type: ignore[union-attr]
 
 

@@ -7,7 +7,9 @@ import json
 import random
 import re
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,11 @@ from peft import LoraConfig, get_peft_model
 
 import lorasync as ls
 from lorasync import base_check, wire
-from lorasync.errors import LorasyncError, PayloadError
+from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
+from lorasync.push.answers import read_answers
 from lorasync.source import FactorSpec, base_samples
+from lorasync.transport import inline, shared_memory
+from lorasync.transport.base import Parcel
 from tests import fuzz
 
 SEEDS = st.integers(min_value=0, max_value=2**64)
@@ -41,45 +46,119 @@ def staging():
 
 @few
 @given(SEEDS)
-def test_payloads_inline_and_in_files_are_refused_whole_or_as_announced(tmp_path_factory, seed):
+def test_payloads_in_the_call_are_refused_whole_or_as_announced(seed):
     bad = fuzz.mutated(GOOD, random.Random(seed))
-    file = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
-    file.write_bytes(bad)
-    for read in (lambda: wire.unpack(bad), lambda: wire.read_safetensors(file)):
-        waiting = staging()
-        try:
-            waiting.add(read())
-        except LorasyncError:
-            assert not waiting.received  # nothing of it was taken
-        else:
-            assert all((t.dtype, tuple(t.shape)) == waiting.expected[n] for n, t in waiting.received.items())
+    with contextlib.suppress(LorasyncError):
+        _staged(
+            inline.Receiver().take({}, bad, wire.digest(wire.unpack(bad)))
+        )  # its digest is not what refuses
+
+
+def _staged(received: Any) -> None:
+    waiting = staging()
+    try:
+        waiting.add(received)
+    except LorasyncError:
+        assert not waiting.received  # nothing of it was taken
+        raise
+    assert all((t.dtype, tuple(t.shape)) == waiting.expected[n] for n, t in waiting.received.items())
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[shared_memory.Sender, shared_memory.Receiver, Parcel]]:
+    sender, receiver = shared_memory.Sender(), shared_memory.Receiver()
+    assert not receiver.refuses(sender.offer() or {})
+    yield sender, receiver, sender.put(TENSORS)
+    sender.close()
+
+
+@few
+@given(SEEDS)
+def test_layouts_and_file_names_are_refused_whole_or_as_announced(shared, seed):
+    chance = random.Random(seed)
+    _, receiver, parcel = shared
+    fields = dict(parcel.fields)
+    if chance.random() < 0.8:
+        fields["layout"] = fuzz.changed_text(fields["layout"], chance)
+    else:
+        fields = {k: v for k, v in fuzz.changed_message(fields, chance).items() if isinstance(v, str)}
+    with contextlib.suppress(LorasyncError), fuzz.any_digest():
+        _staged(receiver.take(fields, b"", ""))
+
+
+@few
+@given(SEEDS)
+def test_files_that_something_has_happened_to_are_refused(shared, seed):
+    """By their digest, or as too short: it is over all that is read."""
+    chance = random.Random(seed)
+    sender, receiver, _ = shared
+    parcel = sender.put(TENSORS)
+    file = Path(sender.offer()["folder"]) / parcel.fields["file"]
+    good = file.read_bytes()
+    ends = [
+        at + t.nbytes
+        for (_, _, _, at), t in zip(json.loads(parcel.fields["layout"]), TENSORS.values(), strict=True)
+    ]
+    with file.open("r+b") as opened:
+        bad = fuzz.mutated_bytes(good, chance)
+        opened.write(bad)
+        opened.truncate(max(len(bad), len(good)))  # what is cut off while it is mapped ends a process
+    altered = any(
+        file.read_bytes()[end - t.nbytes : end] != good[end - t.nbytes : end]
+        for end, t in zip(ends, TENSORS.values(), strict=True)
+    )
+    try:
+        found = receiver.take(parcel.fields, b"", parcel.digest)
+    except PayloadError:
+        assert altered
+    else:
+        assert not altered
+        assert wire.digest(found) == parcel.digest
+
+
+MESSAGES = (
+    wire.Hello(session="s", strategy="{}", manifest="[]", offers={"inline": {}}, in_flight=(1,)),
+    wire.BucketMessage(session="s", version=1, kind="bucket", transport="inline", fields={"file": "x"}),
+    wire.Collect(session="s"),
+    wire.Abort(session="s"),
+    wire.Commit(session="s", version=1, expected=0, in_flight=(1,)),
+    wire.Rollback(session="s", version=1, expected=2),
+    wire.Status(session="s"),
+    wire.Digest(session="s"),
+    wire.Goodbye(session="s"),
+)
 
 
 @few
 @given(SEEDS)
 def test_messages(seed):
     chance = random.Random(seed)
-    control = {
-        "op": "hello",
-        "protocol": 1,
-        "lorasync": "0",
-        "session": "s",
-        "call": 1,
-        "mailbox": "",
-        "bucket": {},
-    }
-    update = {
-        "op": "bucket",
-        "session": "s",
-        "version": 1,
-        "call": 1,
-        "payload": b"x",
-        "path": "",
-        "digest": "",
-    }
-    for kind, good in ((wire.Control, control), (wire.Update, update)):
-        with contextlib.suppress(LorasyncError):
-            wire.message(kind, fuzz.changed_message(good, chance))
+    for good in MESSAGES:
+        bad = fuzz.changed_message(good.to_dict(), chance)
+        try:
+            found = wire.message_from_dict(bad)
+        except LorasyncError:
+            continue
+        assert wire.message_from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@few
+@given(SEEDS)
+def test_answers(seed):
+    chance = random.Random(seed)
+    introduction = wire.Introduction(refused={"inline": ""}, dtypes={"weights": "float32"}, notes=("a",))
+    error = wire.error_as_dict(MismatchError("x", [Mismatch("w", "1", "2", "Fix it.")]))
+    good = wire.Answer(
+        ok=False, rank=0, workers=1, version=1, error=error, introduction=introduction
+    ).to_dict()
+    bad = fuzz.changed_message(good, chance)
+    if isinstance(bad, dict) and chance.random() < 0.5:
+        part = chance.choice(("introduction", "error"))
+        bad = {**good, part: fuzz.changed_message(good[part], chance)}
+    with contextlib.suppress(LorasyncError):
+        found = wire.answer_from_dict(bad)
+        read_answers([bad], expected=0)
+        assert wire.answer_from_dict(found.to_dict()) == found
 
 
 @few
@@ -110,10 +189,13 @@ def test_a_sample_of_other_types_or_of_unequal_length_is_none(change):
 
 @few
 @given(st.text(max_size=40))
-def test_a_payload_s_name_never_leads_out_of_its_folder(name):
-    box = wire.Mailbox(Path("/dev/shm/lorasync-x"))
-    with contextlib.suppress(PayloadError):
-        assert box.payload(name).parent == box.folder or box.payload(name) == box.folder
+def test_a_file_s_name_never_leads_out_of_its_folder(shared, name):
+    sender, receiver, parcel = shared
+    try:
+        receiver.take({**parcel.fields, "file": name}, b"", parcel.digest)
+    except PayloadError:
+        return
+    assert name in {path.name for path in Path(sender.offer()["folder"]).glob("*.bucket")}
 
 
 @pytest.mark.parametrize("folder", ["lorasync", "examples"])

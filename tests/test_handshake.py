@@ -138,6 +138,6 @@ def test_a_push_of_an_unchanged_model_describes_nothing_anew(monkeypatch, apply)
     with connect(ls.FactorSource(model), llm, apply, timeout=20) as sync:
         sync.send_weights()
         sync.request()
-        monkeypatch.setattr("lorasync.push.handshake.apply_message", None)
+        monkeypatch.setattr(type(apply), "handshake", None)
         models.move(model, seed=1)
         assert sync.send_weights().version == 2

@@ -117,6 +117,18 @@ def test_an_error_keeps_its_kind_and_what_was_wrong():
         engines.each(wrong)
     assert caught.value.mismatches == ()
     engines.leave_out("left")
+    with pytest.raises(MismatchError, match=r"^right: two differ"):  # it keeps the name that errors have used
+        engines.each(wrong)
+    engines.goodbye()
+
+
+def test_a_single_engine_is_not_named():
+    engines = Engines({"engine": StubLLM()}, timeout=10.0, pause="keep", changes_weights=True)
+    engines.hello('{"kind": "merge"}', MANIFEST)
+
+    def wrong(session: Any) -> None:
+        raise MismatchError("two differ", [])
+
     with pytest.raises(MismatchError, match=r"^two differ"):
         engines.each(wrong)
     engines.goodbye()

@@ -273,6 +273,12 @@ def test_the_error_of_the_lowest_rank_is_raised():
         )
 
 
+def test_what_a_worker_refuses_is_told_also_where_others_are_missing():
+    bad = {"type": "PayloadError", "message": "cut", "mismatches": []}
+    with pytest.raises(PayloadError, match="cut"):
+        read_answers([answer(0, ok=False, error=bad).to_dict()], expected=2)
+
+
 def test_what_is_no_error_of_ours_says_so():
     assert "The engine failed: KeyError" in str(failure(KeyError("x")))
     assert "can't carry bytes" in str(failure(TypeError("Object of type bytes is not JSON serializable")))

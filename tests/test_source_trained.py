@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import lorasync as ls
 from lorasync.errors import AdapterError, MismatchError, UnmergeableError
-from lorasync.push.strategies import MergeInWorker, ServeAdapter, apply_message
+from lorasync.push.strategies import MergeInWorker, ServeAdapter
 from lorasync.source import FactorSpec
 from tests.models import move, tiny_llama, with_adapter
 
@@ -175,9 +175,9 @@ def test_lora_slots_refuse_a_layer_whose_scaling_is_not_its_configs(change: Any)
     change(policy)
     source = ls.FactorSource(policy)
     with pytest.raises(MismatchError, match=r"layers\.0\.mlp\.up_proj.*MergeInWorker") as raised:
-        apply_message(ServeAdapter("policy"), source)
+        ServeAdapter("policy").handshake(source)
     assert len(raised.value.mismatches) == 1
-    sent = json.loads(apply_message(MergeInWorker("device"), source))
+    sent = json.loads(MergeInWorker("device").handshake(source))
     spec = FactorSpec.from_json(sent["spec"])
     own = policy.base_model.model.model.layers[0].mlp.up_proj.scaling["default"]
     assert [m.scaling for m in spec.modules if "layers.0.mlp.up_proj" in m.weight] == [own]
@@ -187,7 +187,7 @@ def test_a_scaling_that_was_undone_is_served() -> None:
     policy = with_adapter(tiny_llama())
     scaled(policy)
     policy.base_model.model.model.layers[0].mlp.up_proj.unscale_layer()
-    assert apply_message(ServeAdapter("policy"), ls.FactorSource(policy))
+    assert ServeAdapter("policy").handshake(ls.FactorSource(policy))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_scaling_that_was_undone_is_served() -> None:
     ],
 )
 def test_scalings_that_a_config_gives_are_served(settings: dict[str, Any]) -> None:
-    assert apply_message(ServeAdapter("policy"), ls.FactorSource(with_adapter(tiny_llama(), **settings)))
+    assert ServeAdapter("policy").handshake(ls.FactorSource(with_adapter(tiny_llama(), **settings)))
 
 
 def saved_twice() -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from lorasync.errors import (
     SyncTimeoutError,
 )
 from lorasync.push import MergeInWorker, ServeAdapter, Sync, connect
-from lorasync.transport.folder import shared_memory_root
 from tests import models
 from tests.stub_engine import Client, StubLLM, raising
 
@@ -132,21 +132,44 @@ def test_a_coroutine_is_no_engine(policy):
     made.close()
 
 
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        ({"data_parallel_size": 2}, "data_parallel_size: got 2, expected 1"),
-        ({"pipeline_parallel_size": 2, "world_size": 2}, "pipeline_parallel_size: got 2, expected 1"),
-        ({"nnodes": 2}, "nnodes: got 2"),
-        ({"world_size": 2, "distributed_executor_backend": "external_launcher"}, "external_launcher"),
-    ],
-)
+REFUSED = {
+    "pipeline": ({"pipeline_parallel_size": 2, "world_size": 2}, "pipeline_parallel_size: got 2, expected 1"),
+    "nodes": ({"nnodes": 2}, "nnodes: got 2"),
+    "experts": ({"world_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel: got True"),
+    "external": ({"data_parallel_size": 2, "data_parallel_external_lb": True}, "data_parallel_external_lb"),
+    "hybrid": ({"data_parallel_size": 2, "data_parallel_hybrid_lb": True}, "data_parallel_hybrid_lb"),
+}
+PARTS = {
+    "replicas": {"data_parallel_size": 2},
+    "workers": {"world_size": 2, "distributed_executor_backend": "external_launcher"},
+}
+
+
+@pytest.mark.parametrize(("layout", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("reached", ["as an object", "through a client"])
-def test_an_engine_of_which_a_push_would_reach_a_part_only_is_refused(policy, way, layout, message, reached):
+def test_an_engine_of_which_a_push_would_reach_a_part_only_is_refused_by_its_setting(
+    policy, way, layout, message, reached
+):
     llm = StubLLM(**layout)
     with pytest.raises(MismatchError, match=message):
         connected(policy, llm if reached == "as an object" else Client(llm), way)
-    assert llm.calls in ([], ["hello"])
+    assert llm.calls == ([] if reached == "as an object" else ["hello"])
+    assert not llm.workers[0].live
+
+
+@pytest.mark.parametrize("layout", PARTS.values(), ids=PARTS)
+def test_a_part_of_an_engine_whose_others_nobody_has_passed_is_refused(policy, way, layout):
+    """An `LLM` drives its own workers only: those of other ranks have to be passed there."""
+    llm = StubLLM(**layout)
+    with pytest.raises(
+        MismatchError, match=r"an engine of 2 workers, of which \[1\] belong to no trainer rank"
+    ):
+        connected(policy, llm, way)
+    assert llm.calls == ["hello", "goodbye"]
+    llm = StubLLM(**layout)
+    with pytest.raises(EngineNotReadyError, match=r"got 1 of worker ranks \[0\], expected 2"):
+        connected(policy, Client(llm), way)
+    assert set(llm.calls) == {"hello"}
     assert not llm.workers[0].live
 
 
@@ -210,63 +233,112 @@ def test_a_client_of_a_multimodal_engine_has_to_reset_its_encoder_cache(policy, 
     assert ("reset_encoder_cache" in llm.calls) == (way != "adapter")
 
 
-def test_a_client_of_which_a_call_is_none_is_refused(policy, way):
+@pytest.mark.parametrize("call", [None, "yes"])
+def test_a_client_whose_call_is_none_is_refused(policy, way, call):
     llm = StubLLM()
     client = Client(llm)
-    client.finish_weight_update = None
-    with pytest.raises(EngineNotReadyError, match=r"has no finish_weight_update\(\)"):
+    client.collective_rpc = call
+    with pytest.raises(EngineNotReadyError, match=r"has no collective_rpc\(\)"):
         connected(policy, client, way)
     assert not llm.calls
 
 
+def test_a_client_with_vllm_s_four_calls_for_weights_is_refused_as_they_return_nothing(policy, way):
+    names = "init_weight_transfer_engine start_weight_update update_weights finish_weight_update reset_prefix_cache"
+    calls = dict.fromkeys(names.split(), lambda *_: pytest.fail("nothing is to be called"))
+    with pytest.raises(
+        EngineNotReadyError, match=r"expected .*collective_rpc.*return nothing.*could not be known"
+    ):
+        connected(policy, type("FourCalls", (), calls)(), way)
+
+
 def test_a_client_that_does_not_wait_for_the_engine_is_refused(policy, way):
     class Async(Client):
-        async def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        async def collective_rpc(self, method: str, *_: Any, **__: Any) -> list[Any]:
             """Not awaited by anybody."""
+            return []
 
     with pytest.raises(EngineNotReadyError, match="to be awaited"):
         connected(policy, Async(StubLLM()), way)
 
 
-def test_a_client_whose_engine_never_answers_is_refused(policy, way):
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "returned NoneType, expected a list"),
+        ([], r"got 0 of worker ranks \[\], expected 1"),
+        ([None], "got None, expected one of lorasync's workers"),
+    ],
+    ids=str,
+)
+def test_a_client_whose_engine_never_answers_is_refused(policy, way, returned, message):
     class Lost(Client):
-        def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        def collective_rpc(self, method: str, *_: Any, **__: Any) -> Any:
             """Into the void."""
+            return returned
 
-    with pytest.raises(EngineNotReadyError, match="no worker of the engine has answered"):
+    with pytest.raises(EngineNotReadyError, match=message):
         connected(policy, Lost(StubLLM()), way)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_that_can_not_reach_the_trainer_s_folder_are_refused_at_once(policy, way, workers):
-    class OtherHost(Client):
-        def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-            super().init_weight_transfer_engine({**info, "mailbox": "/dev/shm/lorasync-of-another-host"})
+class Changing(Client):
+    """What carries the calls changes them."""
 
-    began = time.monotonic()
-    with pytest.raises(SyncError, match="can't reach the trainer's folder"):
-        connected(policy, OtherHost(StubLLM(workers=workers)), way, timeout=60)
-    assert time.monotonic() - began < 20
+    def __init__(self, llm: StubLLM, change: Callable[[Any], Any]) -> None:
+        super().__init__(llm)
+        self.change = change
+
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        return super().collective_rpc(method, timeout, self.change(args), kwargs)
+
+
+def on_another_host(args: Any) -> Any:
+    message, payload = args
+    if message["op"] != "hello":
+        return args
+    folder = {"folder": "/dev/shm/lorasync-of-another-host"}
+    return {**message, "offers": {**message["offers"], "shared_memory": folder}}, payload
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_can_not_reach_the_trainer_s_folder_are_sent_the_bytes_in_the_call(
+    policy, way, workers, monkeypatch
+):
+    monkeypatch.setattr("lorasync.transport.shared_memory.SMALL", 0)
+    found = {}
+    for name, change in {"here": lambda args: args, "elsewhere": on_another_host}.items():
+        llm = StubLLM(workers=workers)
+        with connected(policy, Changing(llm, change), way) as sync:
+            found[name] = push(sync).transport
+            assert served(llm) == {1}
+            assert all(worker.live or worker.held[1] for worker in llm.workers)
+    assert found == {"here": "shared_memory", "elsewhere": "inline"}
+
+
+def test_one_worker_elsewhere_is_enough_for_the_bytes_to_ride_in_the_call(policy, way, monkeypatch):
+    monkeypatch.setattr("lorasync.transport.shared_memory.SMALL", 0)
+    llm = StubLLM(workers=2)
+    far = llm.workers[1]
+    llm.workers[1] = lambda message, payload: far(*on_another_host((message, payload)))
+    with connected(policy, llm, way) as sync:
+        assert push(sync).transport == "inline"
+        assert (llm.workers[0].version, far.version) == (1, 1)
 
 
 def test_a_client_that_can_not_carry_bytes_is_refused_in_the_handshake(policy, way):
-    class Json(Client):
-        def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-            super().init_weight_transfer_engine(json.loads(json.dumps(info)))
-
     llm = StubLLM()
     with pytest.raises(EngineNotReadyError, match="can't carry bytes"):
-        connected(policy, Json(llm), way)
-    assert not llm.calls or llm.calls == ["goodbye"]
+        connected(policy, Changing(llm, lambda args: json.loads(json.dumps(args))), way)
+    assert not llm.calls
 
 
 def test_a_client_that_turns_bytes_into_text_is_refused_in_the_handshake(policy, way):
-    class Text(Client):
-        def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-            super().init_weight_transfer_engine(json.loads(json.dumps(info, default=str)))
-
-    with pytest.raises(SyncError, match="payload: got str, expected bytes"):
-        connected(policy, Text(StubLLM()), way)
+    llm = StubLLM()
+    with pytest.raises(SyncError, match="got str beside the message, expected the bytes"):
+        connected(policy, Changing(llm, lambda args: json.loads(json.dumps(args, default=str))), way)
+    assert llm.calls == ["hello"]
 
 
 # ---------------------------------------------------------------------------------------------- after the end
@@ -361,7 +433,6 @@ def test_shutdown_waits_for_the_push_that_is_under_way(in_the_middle):
 def test_shutdown_from_inside_of_a_push_is_refused_instead_of_waiting_for_itself(policy):
     llm = StubLLM()
     with connected(policy, llm, "merged") as sync:
-        llm.on["update"] = sync.shutdown
         source = sync.source
 
         class Ending:
@@ -372,7 +443,6 @@ def test_shutdown_from_inside_of_a_push_is_refused_instead_of_waiting_for_itself
                 sync.shutdown()
                 yield from source
 
-        llm.on.clear()
         sync.source = Ending()
         with pytest.raises(PushInProgressError, match="shutdown"):
             sync.send_weights()
@@ -467,24 +537,42 @@ def test_a_second_rollback_is_refused_by_the_trainer_and_a_push_counts_on(policy
             assert llm.generate(**sync.request()) == 1
 
 
-def test_an_engine_whose_answer_to_the_commit_is_lost_is_not_left_on_another_version(policy):
-    """It has taken the version, and the other one has gone back."""
+def no_answer(answers: list[Any]) -> list[Any]:
+    raise ConnectionError("its answer was lost")
+
+
+LOST = {"of all ranks": no_answer, "of rank 1": lambda answers: answers[:1]}
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("asked", [True, False], ids=["status answers", "status is lost too"])
+def test_an_engine_whose_answer_to_the_commit_is_lost_is_not_left_on_another_version(policy, lost, asked):
+    """It has taken the version, and the other one goes back."""
     pair = {"left": StubLLM(), "right": StubLLM(workers=2)}
-    with connected(policy, pair, "factors", timeout=0.5) as sync:
+    with connected(policy, pair, "factors", timeout=2) as sync:
         push(sync)
-        worker = pair["right"].workers[1]
-        reply = worker._reply
-        worker._reply = lambda *a: a[0] == pair["right"].lose or reply(*a)
-        pair["right"].lose = -1
+        right = pair["right"]
+        call = right.collective_rpc
 
-        def lose() -> None:
-            pair["right"].lose = sync._engines.sessions[1]._calls
-            pair["right"].on["status"] = raising(RuntimeError("no status either"))
+        def losing(
+            method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
+        ) -> list[Any]:
+            answers = call(method, timeout, args, kwargs)
+            return lost(answers) if args[0]["op"] == "commit" else answers
 
-        pair["right"].on["commit"] = lose
-        with pytest.raises(SyncError, match=r"^right: .*ranks \[1\]"):
+        right.collective_rpc = losing
+        if not asked:
+            right.on["status"] = raising(RuntimeError("no status either"))
+        with pytest.raises(SyncError, match=r"^right: .*(lost|got 1 of worker ranks \[0\], expected 2)"):
             push(sync)
-        assert sync.closed
+        assert served(pair["left"]) == {1}
+        assert served(right) == ({1} if asked else {2})
+        assert bool(sync.closed) != asked
+        del right.collective_rpc
+        right.on.clear()
+        assert sync.send_weights().version == 3
+        assert served(pair["left"]) == served(right) == {3}
+        assert not sync.closed
 
 
 @pytest.mark.parametrize("way", ["merged", "factors"])
@@ -501,7 +589,7 @@ def test_an_old_cache_closes_the_engine_until_a_push_completes(policy, way, outc
         for _ in range(2):
             with pytest.raises(EngineClosedError, match="cached"):
                 sync.request()
-            llm.on["hello"] = llm.on["stage"] = llm.on["update"] = raising(RuntimeError("no"))
+            llm.on["hello"] = llm.on["bucket"] = raising(RuntimeError("no"))
             with pytest.raises(SyncError):  # a push that fails says nothing of the cache
                 sync.send_weights()
         llm.on.clear()
@@ -527,10 +615,7 @@ def test_engines_at_different_versions_are_not_asked_for_one_adapter_of_both(pol
 
 HANGS = [
     "status",
-    "start",
-    "update",
-    "stage",
-    "finish",
+    "bucket",
     "commit",
     "reset_prefix_cache",
     "reset_encoder_cache",
@@ -542,8 +627,8 @@ HANGS = [
 
 def _asks(way: str, point: str) -> bool:
     """Whether a push, or a rollback, of this strategy comes to this point."""
-    never = {"merged": ["status", "stage", "rollback"], "factors": ["status", "start", "update", "finish"]}
-    never["adapter"] = [*never["factors"], "reset_prefix_cache", "reset_encoder_cache", "name"]
+    weights = ["reset_prefix_cache", "reset_encoder_cache", "name"]
+    never = {"merged": ["status", "rollback"], "factors": ["status"], "adapter": ["status", *weights]}
     return point not in never[way]
 
 
@@ -578,6 +663,16 @@ def test_an_engine_that_hangs_costs_one_time_limit(policy, way, point):
         sync.shutdown()
 
 
+def test_a_handshake_that_hangs_costs_one_time_limit(policy, way):
+    llm, go_on = StubLLM(), threading.Event()
+    llm.on["hello"] = lambda: go_on.wait(30)
+    began = time.monotonic()
+    with pytest.raises(SyncTimeoutError, match=r"hello: .*did not answer within 1 s"):
+        connected(policy, llm, way, timeout=1.0)
+    assert time.monotonic() - began < 2.5
+    go_on.set()
+
+
 def test_an_engine_that_was_slow_once_is_pushed_to_again(policy, way):
     llm, go_on = StubLLM(), threading.Event()
     with connected(policy, llm, way, timeout=0.5) as sync:
@@ -603,7 +698,7 @@ def test_leftover_requests_are_named_with_the_way_out(policy):
             SyncError, match=r"(?s)0-abc, 1-def.*between generate.*abort_request.*Nothing was touched"
         ):
             sync.send_weights()
-        assert "update" not in llm.calls
+        assert "bucket" not in llm.calls
 
 
 def test_a_push_warns_if_nobody_asked_for_the_request_since_the_one_before(policy):
@@ -658,13 +753,24 @@ def test_factors_are_checked_against_what_the_engines_serve_before_anything_is_s
         assert llm.calls == before
 
 
-def test_no_folder_is_left_of_connections_that_were_refused(policy, way):
-    before = set(shared_memory_root().glob("lorasync-*"))
+def test_no_folder_is_left_of_connections_that_were_refused_or_have_ended(policy, way, monkeypatch, tmp_path):
+    monkeypatch.setattr("lorasync.transport.shared_memory.SMALL", 0)
+    monkeypatch.setattr("lorasync.transport.folder.shared_memory_root", lambda: tmp_path)
+    refusing = StubLLM()
+    refusing.on["hello"] = raising(RuntimeError("no"))
     for llm in (
         StubLLM(data_parallel_size=2),
+        StubLLM(nnodes=2),
         Client(StubLLM(nnodes=2)),
-        without("finish_weight_update")(StubLLM()),
+        Changing(StubLLM(), lambda args: json.loads(json.dumps(args, default=str))),
+        without("collective_rpc")(StubLLM()),
+        refusing,
     ):
-        with pytest.raises((MismatchError, EngineNotReadyError)):
+        with pytest.raises((MismatchError, SyncError)):
             connected(policy, llm, way)
-    assert set(shared_memory_root().glob("lorasync-*")) <= before
+        assert not list(tmp_path.iterdir())
+    with connected(policy, StubLLM(), way) as sync:
+        assert push(sync).transport == "shared_memory"
+        (folder,) = tmp_path.iterdir()
+        assert list(folder.glob("*.bucket"))
+    assert not list(tmp_path.iterdir())

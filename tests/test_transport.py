@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +57,7 @@ def agreed(post: Post, *, hands_over: bool = False) -> tuple[Receivers, Place]:
 
 
 def same(found: Any, bucket: dict[str, torch.Tensor]) -> bool:
-    return list(found) == list(bucket) and all(
+    return set(found) == set(bucket) and all(
         found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in bucket.items()
     )
 
@@ -159,6 +163,32 @@ def test_a_file_that_was_cut_is_refused_before_it_is_read(post):
         receivers.take("shared_memory", parcel.fields, b"", parcel.digest)
 
 
+def test_tensors_outlive_their_file(post):
+    receivers, _ = agreed(post)
+    (parcel,) = post.parcels(BUCKET, [Place(("shared_memory",))])
+    found = receivers.take("shared_memory", parcel.fields, b"", parcel.digest)
+    post.close()
+    receivers.close()
+    assert same(found, BUCKET)
+
+
+def test_sending_again_and_again_takes_no_more_memory_and_no_more_handles(post):
+    def taken() -> tuple[int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") // 1024, len(list(Path("/proc/self/fd").iterdir()))
+
+    receivers, place = agreed(post)
+    bucket = {str(i): torch.ones(8, 8) for i in range(100)}
+    for pushes in (200, 1000):
+        before = taken()
+        for _ in range(pushes):
+            (parcel,) = post.parcels(bucket, [place])
+            receivers.take(parcel.way, parcel.fields, parcel.payload, parcel.digest)
+    after = taken()
+    assert after[0] - before[0] < 1000  # 64 bytes a tensor would be 6,400 KB
+    assert after[1] == before[1]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../owner", "/etc/passwd", "a/b", "gone", "a\0b"])
 def test_a_file_name_from_the_wire_leads_nowhere_else(post, name):
     receivers, _ = agreed(post)
@@ -246,7 +276,47 @@ def test_a_folder_outside_of_shared_memory_or_open_to_others_is_refused(tmp_path
     assert opened("") is None
 
 
-def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay():
+_DIE = """
+import os
+from lorasync.transport.folder import Folder
+folder = Folder()
+print(folder.path, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_folders_of_dead_trainers_are_swept_those_of_live_ones_stay_and_the_lock_ends_with_the_folder():
+    handles = len(list(Path("/proc/self/fd").iterdir()))
+    unowned = Path(tempfile.mkdtemp(prefix="lorasync-", dir=shared_memory_root()))
+    live = Folder()
+    left = Path(subprocess.run([sys.executable, "-c", _DIE], capture_output=True, text=True).stdout.strip())
+    assert live.path != left
+    new = Folder()
+    try:
+        assert new.path.stat().st_mode & 0o777 == 0o700
+        assert (new.path / "owner").read_text() == f"{os.getpid()}\n"
+        assert not left.exists()
+        assert live.path.exists()
+        assert unowned.exists()  # who made it, and whether they live, is not known
+    finally:
+        live.remove()
+        new.remove()
+        unowned.rmdir()
+    assert len(list(Path("/proc/self/fd").iterdir())) == handles
+
+
+def test_a_folder_goes_with_its_sender():
+    sender = shared_memory.Sender()
+    folder = Path(sender.offer()["folder"])
+    sender.put(BUCKET)
+    assert folder.exists()
+    del sender
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_what_sweeps_removes_says_which(monkeypatch, tmp_path):
+    monkeypatch.setattr("lorasync.transport.folder.shared_memory_root", lambda: tmp_path)
     living, dead = Folder(), Folder()
     os.close(dead._remove.detach()[2][1])  # as the kernel does when a process dies
     assert sweep() == [dead.path]

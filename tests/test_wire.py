@@ -1,12 +1,11 @@
-"""Payloads, manifests, replies and the shared folder."""
+"""Messages and answers, manifests, tensors as bytes, and digests."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import dataclasses
+import json
+import typing
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasync import wire
-from lorasync.errors import Mismatch, MismatchError, NonFiniteError, PayloadError, SyncError
+from lorasync.errors import (
+    EngineNotReadyError,
+    Mismatch,
+    MismatchError,
+    NonFiniteError,
+    PayloadError,
+    SyncError,
+)
+from lorasync.wire.messages import Message
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
@@ -25,43 +32,11 @@ TENSORS = {
 }
 
 
-def test_a_file_and_inline_bytes_give_back_the_same_bits(tmp_path):
-    wire.write_safetensors(TENSORS, tmp_path / "x.safetensors")
-    for got in (wire.read_safetensors(tmp_path / "x.safetensors"), wire.unpack(wire.pack(TENSORS))):
-        assert got.keys() == TENSORS.keys()
-        assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in TENSORS.items())
-        assert wire.digest(got) == wire.digest(TENSORS)
-
-
-def test_tensors_outlive_their_file(tmp_path):
-    path = tmp_path / "x.safetensors"
-    wire.write_safetensors(TENSORS, path)
-    got = wire.read_safetensors(path)
-    path.unlink()
-    assert torch.equal(got["a"], TENSORS["a"])
-
-
-def test_tensors_that_lie_across_their_alignment_are_read(tmp_path):
-    odd = {
-        "a": torch.arange(5, dtype=torch.uint8),
-        "b": torch.tensor([1.5, -2.0]),
-        "c": torch.ones(3).double(),
-    }
-    wire.write_safetensors(odd, tmp_path / "x.safetensors")
-    assert wire.digest(wire.read_safetensors(tmp_path / "x.safetensors")) == wire.digest(odd)
-
-
-def test_reading_a_file_again_and_again_takes_no_more_memory(tmp_path):
-    def rss_in_kb() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-
-    file = tmp_path / "x.safetensors"
-    wire.write_safetensors({str(i): torch.ones(8, 8) for i in range(100)}, file)
-    for reads in (200, 1000):
-        before = rss_in_kb()
-        for _ in range(reads):
-            wire.read_safetensors(file)
-    assert rss_in_kb() - before < 1000  # 64 bytes a tensor would be 6,400 KB
+def test_inline_bytes_give_back_the_same_bits():
+    got = wire.unpack(wire.pack(TENSORS))
+    assert got.keys() == TENSORS.keys()
+    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in TENSORS.items())
+    assert wire.digest(got) == wire.digest(TENSORS)
 
 
 @pytest.mark.parametrize("change", ["name", "dtype", "shape", "bit"])
@@ -125,118 +100,238 @@ def test_the_digest_of_a_version_tells_its_buckets_and_their_order(left, right):
     assert (wire.digest_of_parts(left) == wire.digest_of_parts(right)) == (left == right)
 
 
-def test_a_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "x.safetensors"
-    wire.write_safetensors(TENSORS, path)
-    os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(PayloadError, match=r"x\.safetensors"):
-        wire.read_safetensors(path)
+# ------------------------------------------------------------------------------------------------ messages
+
+MESSAGES: dict[str, Message] = {
+    message.op: message
+    for message in (
+        wire.Hello(
+            session="s",
+            call=1,
+            strategy="{}",
+            manifest="[]",
+            offers={"inline": {}, "shared_memory": {"folder": "/dev/shm/lorasync-x"}},
+            in_flight=(1, 2),
+            limit=30.0,
+        ),
+        wire.BucketMessage(
+            session="s",
+            call=2,
+            version=1,
+            kind="base",
+            transport="shared_memory",
+            fields={"file": "x"},
+            digest="d",
+            background=True,
+        ),
+        wire.Collect(session="s"),
+        wire.Abort(session="s"),
+        wire.Commit(session="s", version=2, expected=1, digest="d", in_flight=(1,)),
+        wire.Rollback(session="s", version=1, expected=2, in_flight=()),
+        wire.Status(session="s"),
+        wire.Digest(session="s"),
+        wire.Goodbye(session="s", in_flight=(3,)),
+    )
+}
+ROUTES = {"as it is": lambda found: found, "JSON": lambda found: json.loads(json.dumps(found))}
 
 
-def test_the_folder_is_private_and_leads_nowhere_else(tmp_path, monkeypatch):
-    box = wire.Mailbox.create()
-    monkeypatch.setattr(wire, "_made_here", {})  # as in another process
-    try:
-        assert box.folder.stat().st_mode & 0o777 == 0o700
-        assert wire.Mailbox.open(str(box.folder)) is not None
-        with pytest.raises(PayloadError, match="file name"):
-            box.payload("../secret")
-        with pytest.raises(PayloadError, match="mailbox"):
-            wire.Mailbox.open(str(tmp_path))
-        box.folder.chmod(0o755)
-        with pytest.raises(PayloadError, match="0700"):
-            wire.Mailbox.open(str(box.folder))
-    finally:
-        box.remove()
-    assert wire.Mailbox.open(str(box.folder)) is None
+def test_there_is_an_example_of_every_message():
+    kinds = {kind.op for kind in Message.__subclasses__()}
+    assert kinds == set(MESSAGES)
+    assert len(kinds) == 9
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["one process", "two processes"])
-def test_replies_are_read_once_by_rank(here):
-    made = wire.Mailbox.create()
-    box = wire.Mailbox.open(str(made.folder)) if here else wire.Mailbox(made.folder)
-    try:
-        assert (box is made) == here
-        box.reply(3, 1, {"ok": True})
-        box.reply(3, 0, {"ok": False})
-        box.reply(4, 0, {"ok": True})
-        assert made.collect(3) == {0: {"ok": False}, 1: {"ok": True}}
-        assert made.collect(3) == {}
-    finally:
-        made.remove()
+@pytest.mark.parametrize("op", MESSAGES)
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_a_message_that_has_travelled_is_the_same(op, route):
+    message = MESSAGES[op]
+    again = wire.message_from_dict(route(message.to_dict()))
+    assert again == message
+    assert type(again) is type(message)
+
+
+@pytest.mark.parametrize("op", MESSAGES)
+def test_a_field_of_another_type_is_refused_by_name(op):
+    """Whatever field, whatever it was meant to be: also a number where there should be a yes or a no."""
+    good = MESSAGES[op].to_dict()
+    hints = typing.get_type_hints(type(MESSAGES[op]))
+    for name, hint in hints.items():
+        if name in ("op", "protocol"):
+            continue
+        for value in _others_than(hint):
+            with pytest.raises(PayloadError, match=rf"^{op}: {name}.*Nothing was touched"):
+                wire.message_from_dict({**good, name: value})
+
+
+def _others_than(hint: Any) -> list[Any]:
+    if hint is str:
+        return [None, 5, b"x", ["x"], {}]
+    if hint is int:
+        return [None, "1", 1.5, True, [], b"1"]
+    if hint is float:
+        return [None, "1", True, float("nan"), float("inf")]
+    if hint is bool:
+        return [None, 1, 0, "yes", []]
+    if typing.get_origin(hint) is tuple:
+        return [None, "x", 5, [1.5], ["1"], [True], {1: 1}]
+    if typing.get_origin(hint) is dict:
+        return [None, "x", [], {1: {}}, {"x": None}, {"x": 5}, {"x": {"y": 5}}, {"x": {5: "y"}}]
+    return [None, 5, "buckets", "", b"base", []]  # the kind of a bucket
+
+
+@pytest.mark.parametrize("op", MESSAGES)
+def test_a_missing_or_an_unknown_field_is_refused_by_name(op):
+    good = MESSAGES[op].to_dict()
+    needed = [
+        each.name
+        for each in dataclasses.fields(MESSAGES[op])
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    ]
+    assert "session" in needed
+    for name in needed:
+        with pytest.raises(PayloadError, match=rf"^{op}: .*missing.*'{name}'"):
+            wire.message_from_dict({n: v for n, v in good.items() if n != name})
+    for name in ("more", "payload", 5, None):
+        with pytest.raises(PayloadError, match=rf"^{op}: got the unknown fields {name!r}"):
+            wire.message_from_dict({**good, name: "x"})
+
+
+@pytest.mark.parametrize("found", [None, 5, "hello", [], ["op"], b"x"])
+def test_what_is_no_message_is_refused(found):
+    with pytest.raises(PayloadError, match="expected dict"):
+        wire.message_from_dict(found)
+
+
+@pytest.mark.parametrize("op", [None, "", "erase", 5, ["hello"], {}, b"hello"])
+def test_an_unknown_operation_is_refused_with_those_that_are_known(op):
+    with pytest.raises(PayloadError, match=r"^op: got .*expected one of hello, bucket, collect"):
+        wire.message_from_dict({**MESSAGES["status"].to_dict(), "op": op})
+
+
+@pytest.mark.parametrize("op", MESSAGES)
+@pytest.mark.parametrize("protocol", [wire.PROTOCOL - 1, wire.PROTOCOL + 1, None, "5", 5.0, True])
+def test_another_protocol_is_refused_with_both_versions_whatever_else_the_message_says(op, protocol):
+    found = {**MESSAGES[op].to_dict(), "protocol": protocol, "lorasync": "0.0.9", "of another protocol": 1}
+    with pytest.raises(
+        MismatchError, match=rf"0\.0\.9 \(protocol {protocol}\).*protocol {wire.PROTOCOL}.*Install the same"
+    ):
+        wire.message_from_dict(found)
+
+
+# ------------------------------------------------------------------------------------------------- answers
+
+INTRODUCTION = wire.Introduction(
+    refused={"inline": "", "shared_memory": "another host"},
+    gpu="GPU-1",
+    dtypes={"weights": "bfloat16", "slots": "bfloat16"},
+    multimodal=True,
+    capacity=3,
+    held=True,
+    others=1,
+    notes=("a note",),
+)
+WRONG = wire.error_as_dict(MismatchError("two differ", [Mismatch("w", "1", "2", "Fix it.")]))
+ANSWERS = {
+    "plain": wire.Answer(ok=True, rank=0, workers=1, version=3),
+    "all of it": wire.Answer(
+        ok=False,
+        rank=1,
+        workers=2,
+        version=3,
+        closed="torn",
+        ours=True,
+        replaced=True,
+        seconds=0.5,
+        pending=True,
+        digest="d",
+        error=WRONG,
+    ),
+    "introduced": wire.Answer(ok=True, rank=0, workers=1, version=0, introduction=INTRODUCTION),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_an_answer_that_has_travelled_is_the_same(answer, route):
+    assert wire.answer_from_dict(route(answer.to_dict())) == answer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ok": 1},
+        {"ok": None},
+        {"rank": "0"},
+        {"rank": None},
+        {"rank": []},
+        {"rank": True},
+        {"workers": 1.5},
+        {"version": "3"},
+        {"closed": None},
+        {"ours": "yes"},
+        {"seconds": "x"},
+        {"seconds": float("nan")},
+        {"pending": 0},
+        {"digest": b"x"},
+        {"error": "no"},
+        {"error": {}},
+        {"error": {"type": "MismatchError", "message": "x", "mismatches": [{"name": "w"}]}},
+        {"error": {"type": "MismatchError", "message": "x", "mismatches": None}},
+        {"introduction": 5},
+        {"introduction": {"capacity": "3"}},
+        {"introduction": {"refused": {"inline": None}}},
+        {"introduction": {"notes": [5]}},
+        {"introduction": {"more": 1}},
+        {"more": 1},
+        {5: 1},
+    ],
+    ids=str,
+)
+def test_an_answer_that_was_altered_on_its_way_is_none(change):
+    good = ANSWERS["introduced"].to_dict()
+    with pytest.raises(EngineNotReadyError, match="expected one of lorasync's workers"):
+        wire.answer_from_dict({**good, **change})
+
+
+@pytest.mark.parametrize("name", ["ok", "rank", "workers", "version"])
+def test_an_answer_that_lacks_what_all_have_is_none(name):
+    found = {n: v for n, v in ANSWERS["plain"].to_dict().items() if n != name}
+    with pytest.raises(EngineNotReadyError, match=rf"expected one of lorasync's workers.*'{name}'"):
+        wire.answer_from_dict(found)
+
+
+@pytest.mark.parametrize("found", [None, 5, "ok", [1], b"x", "x" * 500])
+def test_what_is_no_answer_is_shown_shortened(found):
+    with pytest.raises(EngineNotReadyError, match="expected one of lorasync's workers") as caught:
+        wire.answer_from_dict(found)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_worker_s_error_arrives_as_the_same_error():
     mismatch = MismatchError("two differ", [Mismatch("w", "1", "2", "Fix it.")])
-    again = wire.error_from_dict(wire.error_as_dict(mismatch))
-    assert isinstance(again, MismatchError)
-    assert again.mismatches == mismatch.mismatches
-    assert str(again) == str(mismatch)
+    for route in ROUTES.values():
+        again = wire.error_from_dict(route(wire.error_as_dict(mismatch)))
+        assert isinstance(again, MismatchError)
+        assert again.mismatches == mismatch.mismatches
+        assert str(again) == str(mismatch)
     assert isinstance(wire.error_from_dict(wire.error_as_dict(NonFiniteError("x"))), NonFiniteError)
     foreign = wire.error_from_dict(wire.error_as_dict(ZeroDivisionError("y")))
     assert type(foreign) is SyncError
     assert "ZeroDivisionError" in str(foreign)
+    for not_ours in ("Mismatch", "dataclass", "annotations", "__name__"):  # names in the same module
+        assert type(wire.error_from_dict({"type": not_ours, "message": "x", "mismatches": []})) is SyncError
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def test_a_manifest_that_has_travelled_is_the_same():
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+    assert wire.manifest_from_text(wire.manifest_as_text(entries)) == entries
 
 
 @pytest.mark.parametrize("text", ["", "{", "[[1]]", '[["w", "complex64", [1]]]', '[["w", "float32", ["x"]]]'])
 def test_a_malformed_manifest_is_refused(text):
     with pytest.raises(PayloadError):
         wire.manifest_from_text(text)
-
-
-_DIE = """
-import os
-from lorasync.wire import Mailbox
-print(Mailbox.create().folder, flush=True)
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_folders_of_dead_trainers_are_swept_those_of_live_ones_stay_and_the_lock_ends_with_the_folder():
-    handles = len(list(Path("/proc/self/fd").iterdir()))
-    unowned = Path(tempfile.mkdtemp(prefix="lorasync-", dir=wire.shared_memory_root()))
-    live = wire.Mailbox.create()
-    left = Path(subprocess.run([sys.executable, "-c", _DIE], capture_output=True, text=True).stdout.strip())
-    assert live.folder != left
-    box = wire.Mailbox.create()
-    try:
-        assert (box.folder / "owner").read_text() == f"{os.getpid()}\n"
-        assert not left.exists()
-        assert live.folder.exists()
-        assert unowned.exists()  # who made it, and whether they live, is not known
-    finally:
-        live.remove()
-        box.remove()
-        unowned.rmdir()
-    assert len(list(Path("/proc/self/fd").iterdir())) == handles
-
-
-GOOD_CONTROL = {"op": "hello", "protocol": 1, "lorasync": "0", "session": "s", "call": 1, "mailbox": ""}
-GOOD_UPDATE = {"op": "bucket", "session": "s", "version": 1, "call": 1}
-
-
-@pytest.mark.parametrize(
-    ("kind", "good", "change"),
-    [
-        (wire.Control, GOOD_CONTROL, {"op": "erase"}),
-        (wire.Control, GOOD_CONTROL, {"call": "1"}),
-        (wire.Control, GOOD_CONTROL, {"call": True}),
-        (wire.Control, GOOD_CONTROL, {"mailbox": None}),
-        (wire.Control, GOOD_CONTROL, {"bucket": b"x"}),
-        (wire.Control, GOOD_CONTROL, {"in_flight": "x"}),
-        (wire.Update, GOOD_UPDATE, {"op": "hello"}),
-        (wire.Update, GOOD_UPDATE, {"payload": "text"}),
-        (wire.Update, GOOD_UPDATE, {"path": b"x"}),
-        (wire.Update, GOOD_UPDATE, {"version": 1.5}),
-    ],
-)
-def test_a_message_with_a_field_of_the_wrong_type_is_refused_by_name(kind, good, change):
-    kind(**good)
-    with pytest.raises(PayloadError, match=next(iter(change))):
-        kind(**{**good, **change})
-
-
-@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc/passwd", "x\0y"])
-def test_no_payload_name_leads_out_of_the_folder(name):
-    with pytest.raises(PayloadError, match="file name"):
-        wire.Mailbox(Path("/dev/shm/lorasync-x")).payload(name)

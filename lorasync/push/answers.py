@@ -25,6 +25,10 @@ def read_answers(found: Sequence[Any], *, expected: int) -> Answers:
         LorasyncError: what the worker of the lowest rank reports, as its own type.
     """
     read = [answer_from_dict(each) for each in found]
+    failed = [answer for answer in read if not answer.ok]
+    if failed:  # also where others are missing: what a worker says tells more
+        worst = min(failed, key=lambda answer: answer.rank)
+        raise error_from_dict(worst.error or {"type": "SyncError", "message": "no reason was given"})
     answers = {answer.rank: answer for answer in read}
     needed = expected or max((answer.workers for answer in read), default=1)
     if len(answers) < len(read) or len(answers) != needed:
@@ -33,10 +37,6 @@ def read_answers(found: Sequence[Any], *, expected: int) -> Answers:
             f"answers: got {len(read)} of worker ranks {ranks}, expected {needed}, one of each rank: what can't be known to "
             "have arrived is not pushed. Does collective_rpc return what all workers return?"
         )
-    failed = [answer for answer in read if not answer.ok]
-    if failed:
-        worst = min(failed, key=lambda answer: answer.rank)
-        raise error_from_dict(worst.error or {"type": "SyncError", "message": "no reason was given"})
     return answers
 
 

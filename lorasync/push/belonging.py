@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
+from lorasync.push.engines import Engines, naming
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, rank, texts_of_all_ranks
 from lorasync.targets.kinds import is_engine, is_engine_here, target_of
-
-if TYPE_CHECKING:
-    from lorasync.push.engines import Engines
 
 
 def named_engines(target: object) -> dict[str, object]:
@@ -48,9 +45,10 @@ def engines_of_this_rank(target: object) -> tuple[dict[str, object], tuple[str, 
     """
     with agreed_by_all_ranks():
         given = named_engines(target)
-        for engine in given.values():
+        for name, engine in given.items():
             if not is_engine(engine) or isinstance(engine, type):
-                target_of(engine, timeout=1.0)  # says what is wrong
+                with naming(name if len(given) > 1 else ""):
+                    target_of(engine, timeout=1.0)  # says what is wrong
         here = {name: engine for name, engine in given.items() if is_engine_here(engine)}
         outside = {name: engine for name, engine in given.items() if name not in here}
     told = [json.loads(text) for text in texts_of_all_ranks(json.dumps([list(here), list(outside)]))]

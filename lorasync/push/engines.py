@@ -37,7 +37,7 @@ class Engines:
     ) -> None:
         checked = {}
         for name, engine in targets.items():
-            with _naming(name if names_each else ""):
+            with naming(name if names_each else ""):
                 checked[name] = target_of(engine, timeout=timeout, pause=pause)
                 checked[name].check_able(changes_weights=changes_weights)
         self._changes_weights = changes_weights
@@ -248,7 +248,7 @@ class Engines:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Say which engine it was, if a name is given."""
     try:
         yield

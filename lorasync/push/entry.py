@@ -38,8 +38,8 @@ def connect(
             `attach`), or any object with vLLM's ``collective_rpc``. With an `AsyncLLM` call from another thread than its
             loop's. Several engines (replicas) in a list, or in a dict with names for errors to use. An engine that is
             spread over trainer ranks (``external_launcher``) is passed by each of them, as the `LLM` of that rank.
-        apply: what the workers do with what comes: `ServeAdapter` or `MergeInWorker` with factors, `LoadMerged` (the default) with
-            merged weights.
+        apply: what the workers do with what comes: `ServeAdapter` or `MergeInWorker` with factors, `LoadMerged` (the
+            default) with merged weights.
         pause: what happens to requests in flight on an `AsyncLLM` while weights change: ``"keep"`` them and go on
             after it with the new version, ``"wait"`` for them first, or ``"abort"`` them. Adapters need no pause.
             Requests that come meanwhile queue with ``"keep"``; with the others vLLM 0.33 refuses them (HTTP 503).

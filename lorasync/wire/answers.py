@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync import errors
 from lorasync.errors import EngineNotReadyError, LorasyncError, Mismatch, MismatchError
+from lorasync.wire.fields import made
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,9 +83,11 @@ def answer_from_dict(found: object) -> Answer:
     """
     try:
         given = dict(found)  # type: ignore[call-overload]
-        told = given.pop("introduction")
-        introduction = None if told is None else Introduction(**{**told, "notes": tuple(told["notes"])})
-        return Answer(**given, introduction=introduction)
+        if given.get("introduction") is not None:
+            given["introduction"] = made(Introduction, given["introduction"])
+        if given.get("error") is not None:
+            error_from_dict(given["error"])
+        return made(Answer, given)
     except (TypeError, ValueError, KeyError) as error:
         raise EngineNotReadyError(
             f"answer: got {_shortened(found)}, expected one of lorasync's workers ({type(error).__name__}: {error}). Does "

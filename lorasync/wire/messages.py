@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 from lorasync.errors import Mismatch, MismatchError, PayloadError
 from lorasync.version import __version__
+from lorasync.wire.fields import made
 
 PROTOCOL = 5
 PROBE = b"\0\xff\x80"
@@ -17,7 +17,6 @@ ADAPTER_IDS = 1_000_000
 """Ids of our adapters in vLLM: this plus the version. vLLM wants whole numbers from 1 on; users count from there."""
 
 Kind = Literal["bucket", "base"]
-Offers = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +81,6 @@ class BucketMessage(Message):
     fields: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     background: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise PayloadError(
-                f"kind: got {self.kind!r}, expected one of {', '.join(get_args(Kind))}. Nothing was touched."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +166,8 @@ def message_from_dict(found: object) -> Message:
     op = found.get("op")
     if not isinstance(op, str) or op not in _KINDS:
         raise PayloadError(f"op: got {op!r}, expected one of {', '.join(_KINDS)}. Nothing was touched.")
-    kind = _KINDS[op]
-    given = {name: value for name, value in found.items() if name != "op"}
-    unknown = sorted(map(repr, given.keys() - {each.name for each in fields(kind)}))
-    if unknown:
-        raise PayloadError(f"{op}: got the unknown fields {', '.join(unknown)}. Nothing was touched.")
-    hints = _hints(kind)
     try:
-        return kind(**{name: _checked(name, value, hints[name]) for name, value in given.items()})
+        return made(_KINDS[op], {name: value for name, value in found.items() if name != "op"})
     except TypeError as error:
         raise PayloadError(f"{op}: {error}. Nothing was touched.") from error
 
@@ -200,30 +187,3 @@ def _check_protocol(found: dict[Any, Any]) -> None:
             )
         ],
     )
-
-
-def _hints(kind: type[Message]) -> dict[str, Any]:
-    if kind not in _hints_of:
-        _hints_of[kind] = get_type_hints(kind)
-    return _hints_of[kind]
-
-
-_hints_of: dict[type[Message], dict[str, Any]] = {}
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value, if it is of its type; lists come as lists or tuples, whatever the route made of them."""
-    if hint == tuple[int, ...] and isinstance(value, list | tuple):
-        return tuple(_checked(f"{name}[{n}]", each, int) for n, each in enumerate(value))
-    if hint == dict[str, str] and isinstance(value, dict):
-        return {_checked(name, k, str): _checked(f"{name}[{k!r}]", v, str) for k, v in value.items()}
-    if hint == dict[str, dict[str, str]] and isinstance(value, dict):
-        return {
-            _checked(name, k, str): _checked(f"{name}[{k!r}]", v, dict[str, str]) for k, v in value.items()
-        }
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if value is not None and (type(value) is hint or (hint == Kind and isinstance(value, str))):
-        return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise PayloadError(f"{name}: got {type(value).__name__}, expected {expected}. Nothing was touched.")

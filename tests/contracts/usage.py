@@ -24,15 +24,9 @@ CARRIERS = frozenset(
 """An attribute or parameter of one of these names is vLLM's, wherever it stands."""
 
 ROOTS = {
-    "lorasync/targets/llm.py": {
-        "llm",
-        "engine",
-        "core",
-        "executor",
-        "state",
-        "self._llm",
-        "self._engine",
-    },
+    "lorasync/targets/llm.py": {"llm", "engine", "core", "executor", "self._llm"},
+    "lorasync/targets/async_llm.py": {"engine", "core", "self._engine"},
+    "lorasync/targets/front.py": {"engine", "state"},
     "lorasync/targets/patience.py": {"core"},
     "lorasync/push/adapter_request.py": {"request"},
     "lorasync/push/plan.py": {"lora"},
@@ -50,7 +44,7 @@ ROOTS = {
 NOT_VLLMS = frozenset(
     name for cls in (torch.Tensor, torch.nn.Module, dict, list, set, str, asyncio.Task) for name in dir(cls)
 ) | {
-    "_issued", "check", "pushed_by_lorasync",  # ours, put there by us
+    "_issued", "check", "pushed_by_lorasync", "ran_before", "served",  # ours, put there by us
     "value",  # of an enum
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 HERE = "`LLM` in this process"
 THERE = "`LLM`, core in another process"
 ASYNC = "`AsyncLLM`"
+REPLICAS = "`AsyncLLM`, every replica of `data_parallel_size`"
 MERGED = "merged weights"
 FACTORS = "factors (`MergeInWorker`)"
 ADAPTER = "adapter (`ServeAdapter`)"
@@ -15,4 +16,4 @@ ENGINES = (HERE, THERE, ASYNC)
 WEIGHTS = (MERGED, FACTORS)
 PUSHES = (MERGED, FACTORS, ADAPTER)
 ALL = (*ENGINES, *PUSHES)
-COLUMNS = (*ALL, SOURCE, NAMES, CPU_EXPERTS, ACCEPTING)
+COLUMNS = (*ALL, REPLICAS, SOURCE, NAMES, CPU_EXPERTS, ACCEPTING)
