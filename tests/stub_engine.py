@@ -165,6 +165,7 @@ class StubLLM:
         dtype: torch.dtype = torch.float32,
         capacity: int = 4,
         multimodal: bool = False,
+        first_rank: int = 0,
         **parallel: Any,
     ) -> None:
         self.capacity, self.others, self.dtype, self.notes = capacity, 0, dtype, ()
@@ -175,7 +176,7 @@ class StubLLM:
         self.in_flight: dict[str, Any] = {}
         self._serial = threading.Lock()  # one thing at a time, as in vLLM's engine core
         parallel = {"world_size": workers, **parallel}
-        self.workers = [StubWorker(self, rank, parallel) for rank in range(workers)]
+        self.workers = [StubWorker(self, first_rank + n, parallel) for n in range(workers)]
         self.llm_engine = self  # as far as it is asked
         config = SimpleNamespace(backend="lorasync")
         parallel_config = SimpleNamespace(**parallel)

@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 
 import lorasync as ls
-from lorasync.errors import EngineNotReadyError, LorasyncError, MismatchError, NonFiniteError, SyncError
-from lorasync.push import ServeAdapter, connect
+from lorasync.errors import (
+    EngineNotReadyError,
+    LorasyncError,
+    Mismatch,
+    MismatchError,
+    NonFiniteError,
+    SyncError,
+)
+from lorasync.push import MergeInWorker, ServeAdapter, connect
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, texts_of_all_ranks
 from tests import models
 from tests.stub_engine import Client, StubLLM, raising
@@ -42,46 +49,148 @@ def fail_on_rank_1(kind: type[BaseException]) -> None:
 
 
 def errors_are_told(kind: type[BaseException]) -> None:
-    with pytest.raises(only(1, kind, SyncError)) as caught:
+    told = kind if issubclass(kind, LorasyncError) else SyncError
+    with pytest.raises(only(1, kind, told)) as caught:
         fail_on_rank_1(kind)
     if RANK == 0:
-        assert "rank 1" in str(caught.value)
-        assert f"{kind.__name__}: the reason" in str(caught.value)
+        name = "" if told is kind else f"{kind.__name__}: "
+        assert str(caught.value) == f"trainer rank 1: {name}the reason"
     with pytest.raises(ValueError, match=HERE), agreed_by_all_ranks():
         raise ValueError(HERE)
 
 
-def engines_of_other_ranks(source: Any) -> None:
-    for wrap in (lambda e: e, lambda e: [e], lambda e: {"mine": e}, lambda e: (None, e)):
-        llm = StubLLM(distributed_executor_backend="external_launcher")
-        with pytest.raises(only(1, MismatchError, SyncError)) as caught:
-            connect(source, only(0, llm, wrap(llm)))
-        message = str(caught.value)
-        assert "trainer rank 1" in message
-        assert "StubLLM" in message
-        assert "connect(source, None)" in message
-        assert not llm.calls
-    spread = StubLLM(world_size=2, distributed_executor_backend="external_launcher")
-    with pytest.raises(only(0, MismatchError, SyncError), match="external_launcher"):
-        connect(source, only(0, spread))
-    assert not spread.calls
+def raises_on_rank_1(error: BaseException) -> None:
+    with agreed_by_all_ranks():
+        if RANK == 1:
+            raise error
 
 
-def what_works(source: Any) -> None:
-    """None, or what reaches the same engine from outside."""
-    llm = StubLLM(distributed_executor_backend="external_launcher")
-    for target in (only(0, llm), only(0, llm, []), Client(llm)):
+def long_errors_are_told() -> None:
+    wrong = [Mismatch(f"layer.{n}.weight", "x" * 100, "y" * 100, "z") for n in range(1000)]
+    with pytest.raises(MismatchError, match="all differ") as caught:
+        raises_on_rank_1(MismatchError("all differ", wrong))
+    assert len(caught.value.mismatches) == 1000 if RANK == 1 else 10 < len(caught.value.mismatches) < 100
+    with pytest.raises(SyncError, match="x" * 1000):
+        raises_on_rank_1(SyncError("x" * 10**6))
+
+
+def who_talks_to_whom(source: Any) -> None:
+    """A rank pushes to the engine of its own process; rank 0 also to those that are reached from outside."""
+    for ranks in ((0,), (1,), (0, 1)):
+        mine, other = StubLLM(), StubLLM()
+        with connect(source, mine if RANK in ranks else None) as sync:
+            assert sync.send_weights().version == 1
+            assert sync.send_weights().ranks == int(RANK in ranks)
+            names = ("engine",) if len(ranks) == 1 else (f"rank {RANK}'s engine",)
+            assert sync.engines == (names if RANK in ranks else ())
+            assert set(sync.digests()) == set(sync.engines)
+        assert mine.workers[0].version == (2 if RANK in ranks else 0)
+        assert not other.calls
+    client = Client(StubLLM())
+    for target in (client, only(0, client), {"far": client}):
         with connect(source, target) as sync:
             assert sync.send_weights().version == sync.version
-            assert sync.engines == only(0, ("engine",), ())
-    with pytest.raises(only(0, EngineNotReadyError, SyncError), match=r"got None.*Rank 0"):
+        assert bool(client.llm.calls) == (RANK == 0)
+    near = StubLLM()
+    with connect(source, {"far": client, "near": near}) as sync:
+        assert sync.engines == only(0, ("rank 0's near", "rank 0's far"), ("rank 1's near",))
+        assert sync.send_weights().version == near.workers[0].version
+        with pytest.raises(
+            SyncError, match="got 'far', expected one of rank 0's near, rank 0's far, rank 1's near"
+        ):
+            sync.leave_out("far")
+        sync.leave_out("rank 1's near")
+        assert sync.engines == only(0, ("rank 0's near", "rank 0's far"), ())
+        assert sync.send_weights().ranks == only(0, 2, 0)
+
+
+def who_can_t_be_talked_to(source: Any) -> None:
+    with pytest.raises(EngineNotReadyError, match=r"got None.*at least one trainer rank"):
         connect(source, None)
+    client = Client(StubLLM())
+    with pytest.raises(
+        MismatchError,
+        match=r"target of trainer rank 1.*engine, which is reached from outside.*Pass it on rank 0",
+    ):
+        connect(source, only(1, client))
+    with pytest.raises(
+        EngineNotReadyError,
+        match=r"trainer rank 1: .*expected a vllm\.LLM" if RANK == 0 else "expected a vllm",
+    ):
+        connect(source, only(1, object(), StubLLM()))
+    assert not client.llm.calls
+
+
+def parts_of_one_engine(source: Any, policy: Any) -> None:
+    """Two ranks drive a tensor-parallel engine of two workers; one that is missing is named."""
+    layout = {"world_size": 2, "distributed_executor_backend": "external_launcher"}
+    llm = StubLLM(first_rank=RANK, **layout)
+    with connect(source, llm) as sync:
+        assert sync.send_weights().version == 1
+        with pytest.raises(SyncError, match="spread over trainer ranks"):
+            sync.leave_out("rank 1's engine")
+    assert llm.workers[0].version == 1
+    for ranks in ((0,), (1,)):
+        llm = StubLLM(first_rank=RANK, **layout)
+        with pytest.raises(
+            MismatchError, match=rf"2 workers, of which \[{1 - ranks[0]}\] belong to no trainer rank"
+        ):
+            connect(source, llm if RANK in ranks else None)
+        assert not llm.workers[0].version
+        assert "commit" not in llm.calls
+    twice = StubLLM(first_rank=0, **layout)
+    with pytest.raises(MismatchError, match=r"of which \[1\] belong"):
+        connect(ls.FactorSource(policy), twice, ServeAdapter("policy"))
+
+
+def all_engines_of_all_ranks_or_none(source: Any, policy: Any) -> None:
+    factors = ls.FactorSource(policy)
+    for who in (0, 1):
+        for point in ("bucket", "commit", "commit in the worker", "hello"):
+            for kind in ("merged", "factors", "adapter"):
+                llm = StubLLM()
+                applies = {
+                    "merged": None,
+                    "factors": MergeInWorker(base="device"),
+                    "adapter": ServeAdapter("policy"),
+                }
+                if who == RANK:
+                    llm.on[point] = raising(RuntimeError("no"))
+                if point == "hello":
+                    with pytest.raises(SyncError, match=f"rank {who}'s engine: .*no"):
+                        connect(source if kind == "merged" else factors, llm, applies[kind])
+                    assert "bucket" not in llm.calls
+                    continue
+                llm.on.clear()
+                with connect(source if kind == "merged" else factors, llm, applies[kind]) as sync:
+                    first = sync.send_weights().version
+                    if who == RANK:
+                        llm.on[point] = raising(RuntimeError("no"))
+                    with pytest.raises(SyncError, match=f"rank {who}'s engine: .*no") as caught:
+                        sync.send_weights()
+                    assert str(caught.value).startswith(f"trainer rank {who}: ") == (who != RANK)
+                    assert sync.version == first
+                    if kind == "merged":
+                        untouched = point == "bucket" and who == RANK  # its engine refused the first
+                        assert bool(sync.closed) != untouched
+                    else:
+                        assert not sync.closed
+                        assert llm.workers[0].version == first
+                        assert (
+                            who == RANK
+                            or kind != "adapter"
+                            or sync.request()["lora_request"].lora_name == f"policy@{first}"
+                        )
+                    llm.on.clear()
+                    version = sync.send_weights().version
+                    assert llm.workers[0].version == version == sync.version
+                    assert not sync.closed
 
 
 def a_refusal_reaches_all_ranks(source: Any) -> None:
-    with pytest.raises(only(0, EngineNotReadyError, SyncError), match=r"expected a vllm\.LLM"):
+    with pytest.raises(EngineNotReadyError, match=r"expected a vllm\.LLM"):
         connect(source, only(0, object()))
-    with pytest.raises(only(1, MismatchError, SyncError), match="pause"):
+    with pytest.raises(MismatchError, match="pause"):
         connect(source, only(0, StubLLM()), pause=only(0, "keep", "kepp"))
     llm = StubLLM()
     with connect(source, only(0, llm)) as sync:
@@ -178,8 +287,12 @@ def main() -> None:
     texts()
     for kind in (ValueError, KeyboardInterrupt, NonFiniteError):
         errors_are_told(kind)
-    engines_of_other_ranks(ls.MergedSource(policy))
-    what_works(ls.MergedSource(policy))
+    long_errors_are_told()
+    source = ls.MergedSource(policy)
+    who_talks_to_whom(source)
+    who_can_t_be_talked_to(source)
+    parts_of_one_engine(source, policy)
+    all_engines_of_all_ranks_or_none(source, policy)
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
     no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))
     adapters(policy)

@@ -656,7 +656,8 @@ def test_an_engine_that_hangs_costs_one_time_limit(policy, way, point):
             sync.request()
             verb()
         assert bool(hung) == _asks(way, point)
-        assert time.monotonic() - began < 2.5
+        assert len(hung) <= 2  # what hangs is asked once more, for a moment
+        assert time.monotonic() - began < 15  # far from the 30 s that it hangs, also on a busy machine
     finally:
         go_on.set()
         llm.on.clear()

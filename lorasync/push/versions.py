@@ -84,6 +84,8 @@ class AdapterVersions:
 
         That comes first: a request that vLLM's front end has taken is among those in flight when it is asked again.
         """
+        if not self._engines.sessions:
+            return set()  # what other ranks keep for requests in flight, nobody can ask for here
         beside = {self._served} if self._served and self._is_room_for(self._served) else set()
         self._issued.retire(self._engines.in_flight() | beside)
         self._engines.settle()
