@@ -96,7 +96,7 @@ def _one_rank() -> None:
 
 
 class Worker:
-    """The worker engine of a loaded model behind vLLM's four calls: what `connect` takes for an engine."""
+    """The worker engine of a loaded model behind vLLM's `collective_rpc`: what `connect` takes for an engine."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         from vllm.config.weight_transfer import WeightTransferConfig
@@ -107,17 +107,11 @@ class Worker:
         self.engine = WorkerEngine(transfer, config, torch.device("cpu"), model)
         self.model = model
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.engine.init_transfer_engine(self.engine.parse_init_info(init_info))
-
-    def start_weight_update(self) -> None:
-        self.engine.start_weight_update()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.engine.receive_weights(self.engine.parse_update_info(update_info))
-
-    def finish_weight_update(self) -> None:
-        self.engine.finish_weight_update()
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        assert method == "weight_transfer_engine"
+        return [self.engine(*args)]
 
     def reset_prefix_cache(self) -> bool:
         return True
