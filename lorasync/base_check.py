@@ -1,8 +1,8 @@
-"""Is this the base that was trained on? Both sides compare the same few elements of every weight.
+"""What trainer and worker share to tell whether an engine holds the base that was trained on.
 
-Whole weights need not travel, nor be whole anywhere: a tensor-parallel rank checks the elements that it holds.
-Two checkpoints that differ (another model, another revision, 4-bit instead of bf16) differ almost everywhere,
-so 32 elements a weight find it; a change of single elements is what the digests of a push are for.
+The trainer sends a few elements of every weight, and each tensor-parallel rank compares those that it holds. So no
+weight travels whole. Two checkpoints that differ (another model, another revision, 4-bit instead of bf16) differ almost
+everywhere, so 32 elements a weight show it. A change of single elements is not found here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 32
 PIECE_SAMPLES = 8
-"""Of each piece where a checkpoint stores many of one weight (an expert each): together they are more than enough."""
+"""How many elements of each piece, where a checkpoint stores one weight in many pieces (an expert each)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WeightSample:
 
 
 def positions(name: str, numel: int, *, count: int = SAMPLES) -> tuple[int, ...]:
-    """Which elements of a weight are compared: chosen by its name, so that every run compares the same ones."""
+    """Choose the elements of a weight that are compared, by its name: so every run compares the same ones."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return tuple(sorted(random.Random(seed).sample(range(numel), min(count, numel))))
 
@@ -47,7 +47,7 @@ def from_json(text: str) -> dict[str, WeightSample]:
     """Read what `to_json` wrote.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: The text is something else.
     """
     return {name: _sample(name, fields) for name, fields in json.loads(text).items()}
 

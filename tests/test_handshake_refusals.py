@@ -15,7 +15,7 @@ from lorasync.errors import MismatchError
 from lorasync.push import MergeInWorker, connect
 from lorasync.receive.edits import ways_to_merge
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
-from lorasync.receive.load_plan import record_plan
+from lorasync.receive.planner import record_plan
 from lorasync.receive.served import notes_of
 from tests import families, models, served
 from tests.test_load_plan import Twin, ignoring, manifest

@@ -7,7 +7,8 @@ import torch
 
 from lorasync.errors import MismatchError, SyncError
 from lorasync.receive.live import LiveModel
-from lorasync.receive.load_plan import check_complete, record_plan
+from lorasync.receive.load_plan import check_complete
+from lorasync.receive.planner import record_plan
 from lorasync.receive.twin import build_twin
 from lorasync.receive.writer import LiveWriter
 from tests import families, served

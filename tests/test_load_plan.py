@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lorasync.errors import MismatchError
-from lorasync.receive.load_plan import check_complete, record_plan
+from lorasync.receive.load_plan import check_complete
+from lorasync.receive.planner import record_plan
 from lorasync.receive.windows import Slice, covered, overlap
 
 BF16 = torch.bfloat16

@@ -1,4 +1,4 @@
-"""Serving the adapter from vLLM's LoRA slots, built inside the worker from tensors: no file, no stale cache."""
+"""Serving the adapter from vLLM's LoRA slots; the worker makes it from tensors, so no file and no stale cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,19 @@ if TYPE_CHECKING:
 
 
 class AdapterApplier:
-    """Stages factors; a commit adds them under an id of their own, beside the version before, and retires older ones."""
+    """Stages factors. A commit adds them as an adapter with an id of its own, and removes versions that nobody needs.
+
+    Args:
+        manifest: What the trainer will send.
+        served: What the worker serves.
+        wanted: The settings of `ServeAdapter`, and what the adapter and its base are.
+        version: The version that the worker serves now.
+
+    Raises:
+        EngineNotReadyError: The engine was started without LoRA slots.
+        UnmergeableError: LoRA slots can't hold this adapter.
+        MismatchError: The served model is another one, or has another base.
+    """
 
     changes_weights = False
     takes_merges = False
@@ -102,18 +114,18 @@ class AdapterApplier:
         return False
 
     def hand_over(self) -> None:
-        """Another trainer's applier serves the adapter from now on, whose next push decides what goes."""
+        """Leave the adapters to another trainer's applier, whose next push decides which ones are removed."""
         self.undo()
         self._kept = {}
 
     def close(self, in_flight: Collection[int]) -> None:
-        """Remove our adapters: nobody is left to name their versions. Those still in use go at the next handshake."""
+        """Remove the adapters: no trainer is left that names them. Those in use are removed at the next handshake."""
         self.undo()
         self._retire_all_but(in_flight)
         self._kept = {}
 
     def _ours(self) -> set[int]:
-        """The versions that the workers hold, also those of an earlier connection that were in use when it ended."""
+        """Return the versions that the worker holds, also those that an earlier connection has left in use."""
         return {number - ADAPTER_IDS for number in self._slots.pushed()}
 
     def _install(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -125,9 +137,9 @@ class AdapterApplier:
         self._slots.activate(number)
 
     def _pin(self, newest: int) -> None:
-        """Our paths lead nowhere: dropped to make room, a version could not be loaded again, which ends the engine.
+        """Keep vLLM from dropping versions to make room: it can't load them again, as there is no file, and would end.
 
-        One place stays unpinned for a user's own adapter, which can't be loaded otherwise, and that ends it as well.
+        One place stays unpinned for an adapter of the user's. Without a place for it vLLM would end, too.
         """
         older = sorted(self._ours() - {newest}, reverse=True)
         places = max(self._slots.capacity - 1, 1)
@@ -143,7 +155,7 @@ class AdapterApplier:
             )
 
     def _refuse_taken(self, number: int) -> None:
-        """VLLM would keep what it has under this id, and serve that."""
+        """Refuse an id under which somebody else has an adapter: vLLM would keep that one, and serve it."""
         if number in self._slots.held():
             raise SyncError(
                 f"lora_int_id: got an adapter of somebody else's under {number}, expected none from {ADAPTER_IDS + 1} on: "
@@ -200,7 +212,7 @@ def _unseen_notes(params: Collection[str]) -> list[str]:
 
 
 def _refuse_changed(params: Collection[str]) -> None:
-    """Whether these hold the base is not known, whatever the checkpoint says: earlier pushes have written them."""
+    """Refuse parameters that earlier pushes have written: nothing tells whether they hold the base."""
     for param in sorted(params):
         raise SyncError(
             f"{param}: the engine serves weights of an earlier push, expected the base that was trained on. Restart the "

@@ -82,5 +82,8 @@ def applier_for(strategy: str, manifest: str, served: ServedModel, version: int)
     }
     kind = str(wanted.get("kind")) if isinstance(wanted, dict) else type(wanted).__name__
     if kind not in kinds:
-        raise SyncError(f"apply: got {kind!r}, expected one of {', '.join(kinds)}. Versions differ.")
+        raise SyncError(
+            f"apply: got {kind!r}, expected one of {', '.join(kinds)}. Trainer and engine run different versions of "
+            "lorasync: install the same one on both sides."
+        )
     return kinds[kind]()

@@ -1,4 +1,4 @@
-"""The worker's half of the base fingerprint: whether this engine holds the base that was trained on."""
+"""The worker's half of the base check: whether this engine holds the base that was trained on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.receive.load_plan import LoadPlan, Row
+from lorasync.receive.windows import Row
 
 if TYPE_CHECKING:
     from lorasync.base_check import WeightSample
+    from lorasync.receive.load_plan import LoadPlan
 
 Read = Callable[[Row], torch.Tensor]
 ReadWhole = Callable[[str], torch.Tensor]
@@ -29,15 +30,15 @@ def check_base(
     """Compare the trainer's samples with the engine's base, in the served dtype.
 
     Args:
-        samples: Of every frozen weight, by checkpoint name.
-        plan: Where each goes.
-        read: What the engine holds of a row of the plan.
+        samples: A few elements of every frozen weight, by checkpoint name.
+        plan: Where each weight goes.
+        read: Returns what the engine holds of a row of the plan.
         dtype: What the engine serves.
-        fix: The way out.
-        read_whole: A whole tensor, where the loader computes with it and no row says where it went.
+        fix: What the user should do if the base is another one.
+        read_whole: Returns a whole weight of which the plan has no rows, because vLLM's loader computes with it.
 
     Raises:
-        MismatchError: naming every weight that differs.
+        MismatchError: A weight differs; the message names each.
     """
     wrong = [
         Mismatch(
@@ -60,7 +61,7 @@ def differences(
     *,
     read_whole: ReadWhole,
 ) -> Iterator[tuple[str, float, float]]:
-    """Every weight that differs, with the first of its elements that does: the engine's, and the trainer's."""
+    """Yield every weight that differs, with the first element that does: the engine's value, and the trainer's."""
     for name, sample in samples.items():
         rows = plan.rows_of(name)
         found = None
@@ -75,7 +76,7 @@ def differences(
 def _first_difference(
     sample: WeightSample, row: Row, part: torch.Tensor, dtype: torch.dtype
 ) -> tuple[float, float] | None:
-    """The first of the sampled elements within ``part`` (what ``row`` names) that differs: (engine's, trainer's)."""
+    """Return the first sampled element within ``part`` (what ``row`` names) that differs: engine's, trainer's."""
     inside, at = [], []
     for position, value in zip(sample.positions, sample.values, strict=True):
         index = _index_in(row, position)
@@ -98,7 +99,7 @@ def _compared(
 
 
 def _index_in(row: Row, position: int) -> int | None:
-    """Where an element of the checkpoint tensor lies within the row's part, flat; None if it is not in it."""
+    """Return the flat index, within the row's part, of an element of the checkpoint tensor; None if it is outside."""
     rest = position - row.source.offset
     if rest < 0:
         return None

@@ -1,4 +1,4 @@
-"""The pristine base that a worker merges from, in the coordinates of what this rank holds."""
+"""Where a worker gets the pristine base weights that it merges from; of each, the part that this rank holds."""
 
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ class Bases(Protocol):
 
 
 class CopiedBases:
-    """Copies of the live weights, taken while they are pristine; whole tensors where they are not plain slices.
+    """Copies of the live weights, taken while these hold the base; of layers that are loaded anew, checkpoint tensors.
 
-    They outlive a session: a trainer that comes back merges from the same base.
+    The copies outlive a connection: a trainer that comes back merges from the same base.
+
+    Args:
+        device: Where the copies lie.
+        checkpoint: Stands in for live weights that no longer hold the base.
     """
 
     packed_names = frozenset[str]()
@@ -62,8 +66,12 @@ class CopiedBases:
         self._whole: dict[str, torch.Tensor] = {}
 
     def keep(self, live: LiveModel, rows: Iterable[Row], changed: Collection[str]) -> None:
-        """Copy what the rows name, unless it has been copied before: out of the live weights, or where pushes have changed
-        these (``changed``, by parameter) out of the checkpoint.
+        """Copy what the rows name, unless that was copied before.
+
+        Args:
+            live: The served model.
+            rows: Rows of the load plan.
+            changed: Parameters that do not hold the base; their rows are read from the checkpoint.
         """
         for row in rows:
             if row not in self._rectangles:
@@ -72,12 +80,13 @@ class CopiedBases:
                 self._rectangles[row] = self._own(base)
 
     def keep_whole(self, names: Iterable[str]) -> None:
+        """Copy whole tensors of the checkpoint, unless they were copied before."""
         for name in names:
             if name not in self._whole:
                 self._whole[name] = self._own(self._checkpoint.stored(name))
 
     def kept(self, row: Row) -> torch.Tensor | None:
-        """The copy that an earlier session has taken of this row, if any."""
+        """Return the copy of what a row names, if there is one."""
         return self._rectangles.get(row)
 
     def rectangle(self, row: Row) -> Base:
@@ -91,7 +100,7 @@ class CopiedBases:
         return self._checkpoint.as_served(self.stored(name))
 
     def stored(self, name: str) -> torch.Tensor:
-        """A whole tensor as the checkpoint has it, kept or read."""
+        """Return a whole tensor as the checkpoint has it: the copy, or else from the files."""
         return self._whole[name] if name in self._whole else self._checkpoint.stored(name)
 
     def is_on_device(self, name: str) -> bool:  # noqa: ARG002
@@ -104,7 +113,7 @@ class CopiedBases:
 
 
 class CheckpointBases:
-    """The engine's own checkpoint, read from its safetensors files again and again."""
+    """The engine's own checkpoint, read from its safetensors files each time."""
 
     packed_names = frozenset[str]()
 
@@ -118,14 +127,14 @@ class CheckpointBases:
         return PlainBase(self.part(row))
 
     def part(self, row: Row) -> torch.Tensor:
-        """What a row of the load plan reads."""
+        """Return what a row of the load plan reads."""
         return row.source.view(self.whole(row.name))
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint in the dtype that the engine serves.
+        """Return a tensor of the checkpoint in the dtype that the engine serves.
 
         Raises:
-            SyncError: if the checkpoint has no safetensors files here, or not this name.
+            SyncError: The checkpoint has no safetensors files on this machine, or no tensor of this name.
         """
         return self.as_served(self.stored(name))
 
@@ -133,10 +142,10 @@ class CheckpointBases:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def stored(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint as vLLM's loader gets it.
+        """Return a tensor of the checkpoint as vLLM's loader gets it.
 
         Raises:
-            SyncError: if the checkpoint has no safetensors files here, or not this name.
+            SyncError: The checkpoint has no safetensors files on this machine, or no tensor of this name.
         """
         files = self._files()
         if name not in files:
@@ -162,7 +171,7 @@ class CheckpointBases:
 
 
 class PackedBases:
-    """The trainer's packed 4-bit weights: for a QLoRA policy the base itself, bit for bit."""
+    """The trainer's packed 4-bit weights: the very base that a QLoRA policy was trained on."""
 
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device
@@ -254,7 +263,7 @@ def _quant_state(packed: torch.Tensor) -> dict[str, Any]:
 
 
 def has_checkpoint(model_config: Any) -> bool:
-    """Whether the engine's checkpoint lies here, in a format that is read."""
+    """Whether the engine's checkpoint is on this machine, as safetensors files."""
     try:
         return bool(_safetensors_of(str(model_config.model), model_config.revision))
     except (SyncError, OSError, ValueError):  # a hub id that isn't cached, among others

@@ -1,4 +1,4 @@
-"""What an engine derives from its weights (packed copies, absorbed projections, fp32 sinks), derived anew after a push."""
+"""Deriving anew, after a push, what an engine derives from its weights: packed copies, absorbed projections, sinks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Derived:
         self._owners = _owners_by_storage(model) if self._on_cpu or self._attention else {}
 
     def refresh(self, tensors: Iterable[torch.Tensor]) -> None:
-        """After these parameters were written."""
+        """Derive anew what is made of these parameters; call it after writing them."""
         if not self._owners:
             return
         owners = {id(o): o for tensor in tensors for o in self._owners.get(_storage(tensor), ())}
@@ -35,7 +35,7 @@ class Derived:
         self.derive_from(owners.values())
 
     def derive_from(self, layers: Iterable[torch.nn.Module]) -> None:
-        """After the weights of these layers were written: what attention layers absorb of them."""
+        """Derive anew what attention layers absorb of these layers; call it after writing their weights."""
         changed = {id(layer) for layer in layers}
         for attention, parent in self._attention:
             if id(parent) in changed or any(id(m) in changed for m in attention.modules()):
@@ -43,7 +43,7 @@ class Derived:
 
 
 def derived_elsewhere(model: torch.nn.Module) -> list[Mismatch]:
-    """What this model makes of its weights once, when it starts, in code that can't be run again."""
+    """Return what this model makes of its weights when the engine starts, in code that can't be run again."""
     fix = "Use ServeAdapter, which leaves the weights alone, or another class of model."
     wrong = []
     if hook_of_whole_model(model):

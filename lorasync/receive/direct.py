@@ -1,4 +1,4 @@
-"""What goes straight into slices of the live weights: copies, and merges by one grouped launch."""
+"""Writing straight into slices of the live weights: copies, and merges by one grouped launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Direct:
-    """One bucket, sorted: what can be written at once, and what its writer has to look at one by one."""
+    """A sorted bucket.
+
+    Attributes:
+        targets: Slices of live weights that are copied to.
+        sources: What is copied to each target.
+        jobs: Merges into slices of live weights.
+        params: The parameters that these copies and merges write to.
+        others: What the writer has to look at tensor by tensor.
+    """
 
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
@@ -41,14 +49,14 @@ class Direct:
 
 
 class DirectWrites:
-    """Sorts buckets; one that comes again is sorted, and its merges are planned, only once."""
+    """Sorts buckets. A bucket that is reused (same object, same storages) is sorted, and its merges planned, only once."""
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live
         self._last: tuple[object, Direct] = (None, Direct())
 
     def of(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> Direct:
-        """The bucket, sorted."""
+        """Return the bucket, sorted."""
         if tensors is self._last[0]:
             return self._last[1]
         found = self._sorted(tensors)
@@ -81,6 +89,6 @@ class DirectWrites:
 
 
 def _job(live: LiveModel, row: Row, merge: PendingMerge) -> MergeJob:
-    """The part of a merge that a row of the load plan puts into the live weights."""
+    """Return the part of a merge that a row of the load plan puts into the live weights."""
     part = Rectangle.of(row, merge.shape[1])
     return merge.job(live.live_slice(row.param, row.target), rows=part.rows, cols=part.cols, name=row.name)

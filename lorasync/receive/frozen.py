@@ -1,4 +1,4 @@
-"""Frozen weights of the trainer that an engine has no use for: the towers of one that serves text only, a value head."""
+"""Frozen weights of the trainer that an engine does not hold: a vision tower where only text is served, a value head."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _BESIDE_THE_TEXT = (
     "value_head",
     "mtp",
 )
-"""Parts of names of what does not take part in the answer to a text; everything else that is ignored is a mistake."""
+"""Parts of the names of weights that have no influence on the answer to a text. An engine may ignore those only."""
 
 
 def may_be_ignored(names: Sequence[str], edited: Collection[str]) -> list[str]:
-    """The names that an engine may ignore: beside the text, and without an adapter."""
+    """Return the names that an engine may ignore: of weights without an adapter, and without influence on text."""
     return [n for n in names if n not in edited and any(part in n.lower() for part in _BESIDE_THE_TEXT)]
 
 
 def ignored_notes(plan: LoadPlan) -> list[str]:
-    """What the handshake says of weights that were not compared, as the engine does not hold them."""
+    """Say in the handshake which weights were not compared because the engine does not hold them."""
     branches: dict[str, int] = defaultdict(int)
     for name in plan.ignored:
         branches[_top(name)] += 1
@@ -43,7 +43,7 @@ def ignored_notes(plan: LoadPlan) -> list[str]:
 
 
 def _top(name: str) -> str:
-    """The path down to the part that is beside the text."""
+    """Return the pattern of the outermost module whose name says that it has no influence on text."""
     path = name.split(".")
     depth = next(i for i, part in enumerate(path) if any(word in part.lower() for word in _BESIDE_THE_TEXT))
     return ".".join([*path[: depth + 1], "*"])

@@ -37,7 +37,17 @@ class Unit:
 
 
 class LiveModel:
-    """The served model, seen through a load plan."""
+    """The served model, seen through a load plan.
+
+    Args:
+        model: The served model.
+        model_config: vLLM's `ModelConfig`.
+        plan: Where vLLM's loader puts each checkpoint tensor.
+
+    Attributes:
+        direct: Parameters that a push may write slices of.
+        units: Layers that have to be loaded anew.
+    """
 
     def __init__(self, model: torch.nn.Module, model_config: Any, plan: LoadPlan) -> None:
         self.model = model
@@ -51,26 +61,26 @@ class LiveModel:
         self._derived = Derived(model, model_config.dtype)
 
     def live_slice(self, param: str, target: Slice) -> torch.Tensor:
-        """The window of a direct parameter that a row of the plan writes to."""
+        """Return the window of a direct parameter that a row of the plan writes to."""
         return target.view(self._tensors[param].data)
 
     def direct_rows(self, names: Iterable[str]) -> list[Row]:
-        """The rows of the plan by which these checkpoint tensors go into direct parameters."""
+        """Return the rows of the plan by which these checkpoint tensors go into direct parameters."""
         return [row for name in names for row in self.plan.rows_of(name) if row.param in self.direct]
 
     def layer(self, name: str) -> torch.nn.Module:
         return self._layers[name]
 
     def unit_of(self, name: str) -> Unit | None:
-        """The layers that this checkpoint tensor can reach only by loading them anew."""
+        """Return the layers that have to be loaded anew to take this checkpoint tensor; None if there are none."""
         return self._unit_of.get(name)
 
     def units_of(self, names: Iterable[str]) -> list[Unit]:
-        """The units that these checkpoint tensors reach, each once, in order."""
+        """Return the units that take one of these checkpoint tensors, each once, in order."""
         return sorted({unit for name in names if (unit := self.unit_of(name))}, key=lambda unit: unit.layers)
 
     def copy_to_views(self, param: str, value: torch.Tensor) -> None:
-        """Give what was a view of this parameter, until vLLM packed it, the new values as they were loaded."""
+        """Write new values to tensors that were views of this parameter until vLLM packed it."""
         for name, window in self.plan.aliases.get(param, ()):
             view = getattr(self._layers.get(layer_name(name)), name.rpartition(".")[-1], None)
             live = self._tensors.get(param)
@@ -78,13 +88,13 @@ class LiveModel:
                 view.copy_(window.view(value))
 
     def refresh(self, params: Iterable[str]) -> None:
-        """After writes: what the engine has derived from these parameters is derived again."""
+        """Derive again what the engine has derived from these parameters; call it after writing them."""
         for param in self.plan.aliases.keys() & self.direct & set(params):
             self.copy_to_views(param, self._tensors[param].data)
         self._derived.refresh([self._tensors[param] for param in params if param in self._tensors])
 
     def derive_from(self, layers: Iterable[torch.nn.Module]) -> None:
-        """While the weights of these layers are as they were loaded: what attention layers absorb of them."""
+        """Derive again what attention layers absorb of these layers; their weights must be as the loader left them."""
         self._derived.derive_from(layers)
 
     def _is_direct(self, param: str) -> bool:
@@ -95,7 +105,7 @@ class LiveModel:
         return same and is_plain_layer(self.layer(layer_name(param)))
 
     def _sorted(self) -> tuple[dict[str, Unit], tuple[Unit, ...]]:
-        """Layers with a parameter that is fed and no plain slice; joined where they share a checkpoint name."""
+        """Find the layers that can't be written slice by slice, joined where they share a checkpoint tensor."""
         fed: dict[str, set[str]] = defaultdict(set)
         for param, names in self.plan.feeds.items():
             if names:
@@ -112,11 +122,11 @@ class LiveModel:
         return {name: unit for unit in units for name in unit.names}, tuple(units)
 
     def check_writable(self) -> None:
-        """Look, before anything is touched, for what a push would leave wrong.
+        """Refuse, before anything is touched, a model that a push would leave wrong.
 
         Raises:
-            MismatchError: if a layer can't be loaded anew, the engine ties what the plan tells apart, or derives what
-                can't be derived again.
+            MismatchError: A layer can't be loaded anew, or two parameters that the plan tells apart are one tensor here, or
+                the model derives something that can't be derived again.
         """
         wrong = derived_elsewhere(self.model)
         wrong += [
@@ -143,7 +153,7 @@ class LiveModel:
             raise MismatchError("The engine can't take this push; nothing was touched.", wrong)
 
     def tied_apart(self) -> list[tuple[str, str]]:
-        """Parameters that share storage here, although the plan feeds them from different checkpoint tensors."""
+        """Return pairs of parameters that share storage, although the plan feeds them from different checkpoint tensors."""
         seen: dict[int, str] = {}
         found = []
         for param, names in self.plan.feeds.items():
@@ -161,7 +171,7 @@ def layer_name(param: str) -> str:
 
 
 def stands_for(model: torch.nn.Module, params: Mapping[str, int]) -> dict[str, str]:
-    """Of these parameters those that the served model holds only as another one, with which it shares storage."""
+    """Return those of these parameters that share storage with another parameter of the model, and which."""
     tensors = _by_name(model)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
@@ -172,7 +182,7 @@ def stands_for(model: torch.nn.Module, params: Mapping[str, int]) -> dict[str, s
 
 
 def _joined(needs: Mapping[str, frozenset[str]]) -> list[tuple[list[str], frozenset[str]]]:
-    """Layers with the names they need, joined where these meet."""
+    """Join layers that need the same checkpoint names."""
     groups: list[tuple[list[str], frozenset[str]]] = []
     at: dict[str, int] = {}
     for layer, names in needs.items():
@@ -191,7 +201,7 @@ def _own(params: Iterable[str], layer: str) -> list[str]:
 
 
 def _owners(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Layers by the name that they have without LoRA; of a wrapped layer, the layer inside."""
+    """Return layers by the name that they have without LoRA; of a layer with LoRA, the one inside."""
     return {_without_wrappers(name): layer for name, layer in model.named_modules(remove_duplicate=False)}
 
 

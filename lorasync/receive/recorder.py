@@ -1,4 +1,4 @@
-"""Watching a loader write: which elements of which parameter, and from which checkpoint tensor."""
+"""Watching a loader: which elements of which parameter it writes, and from which checkpoint tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.at
 
 
 class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the elements that are written into some tensors, however that is done; also where one is replaced.
+    """Notes which elements of some tensors are written, whatever operator writes them; also which tensors are replaced.
 
     Args:
         targets: The tensors, by name.
@@ -43,20 +43,23 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.run(func, args, kwargs or {})
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
-        """Which of the targets a tensor is, or is a view of."""
+        """Return which of the targets a tensor is, or is a view of; None if it is another one."""
         return self._names.get(storage_key(tensor))
 
     def saw(self, func: Any, name: str, target: torch.Tensor, args: Any) -> None:
-        """A write into a target, before it happens."""
+        """Take note of a write into a target, before it happens."""
 
     def saw_other(self, target: torch.Tensor) -> None:
-        """A write into something else, before it happens."""
+        """Take note of a write into another tensor, before it happens."""
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
     def replaced(self) -> list[str]:
-        """Targets that have got another storage (``param.data = …``), which no dispatch mode sees; counted as written."""
+        """Return the targets that have got another storage (``param.data = …``), and count them as written.
+
+        No dispatch mode sees such a replacement.
+        """
         names = [n for n, t in self.targets.items() if self.name_of(t) != n]
         for name in names:
             self.windows[name].append(Slice.of(self.targets[name]))
@@ -64,7 +67,12 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Recorder(Writes):  # type: ignore[no-untyped-call]
-    """Notes copies from known meta tensors into known parameters, and follows values that are computed."""
+    """Notes copies of checkpoint tensors into parameters, and what computed values are made of; all are on meta.
+
+    Args:
+        sources: The checkpoint tensors, by name.
+        params: The parameters, by name.
+    """
 
     def __init__(self, sources: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor]) -> None:
         super().__init__(params)
@@ -90,7 +98,7 @@ class Recorder(Writes):  # type: ignore[no-untyped-call]
             self.feeds[name] |= self._origin(_tensors(args[1:]))
 
     def saw_other(self, target: torch.Tensor) -> None:
-        """A loader that changes a checkpoint tensor where it lies: from now on it is computed."""
+        """Treat a checkpoint tensor that the loader changes in place as computed from now on."""
         key = storage_key(target)
         name = self.sources.pop(key, None)
         if name is not None:
@@ -128,12 +136,12 @@ class Recorder(Writes):  # type: ignore[no-untyped-call]
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """The same for all views of one storage, on the meta device too."""
+    """Return a key that all views of one storage share, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _mutated(func: Any, args: Any) -> list[torch.Tensor]:
-    """The tensors among the positional arguments that an operator writes to."""
+    """Return the tensors among the positional arguments that an operator writes to."""
     if not func._schema.is_mutable:
         return []
     arguments = func._schema.arguments

@@ -1,4 +1,4 @@
-"""Loading layers anew: fresh memory in the checkpoint's layout, vLLM's loader and processing, then the old storage.
+"""Loading layers anew: into fresh memory by vLLM's loader, then processed by vLLM, then copied to the old storage.
 
 VLLM's own layerwise reload wraps weight loaders: a model that copies into its parameters itself (gpt-oss, and others)
 passes it by, and the layer keeps its old weights without an error; a layer's parameters that were not loaded are left
@@ -42,10 +42,10 @@ class FreshLayer:
         reload.process(self.layer)
 
     def check(self, name: str) -> None:
-        """Say, before anything is overwritten, whether what was made fits where it has to go.
+        """Check, before anything is overwritten, that the new parameters fit the old storage.
 
         Raises:
-            MismatchError: naming the parameters that don't.
+            MismatchError: A parameter does not fit; the message names each.
         """
         wrong = [
             Mismatch(
@@ -82,7 +82,7 @@ def load_counted(
     layers: Mapping[str, torch.nn.Module],
     expected: Mapping[str, int],
 ) -> None:
-    """Let vLLM's loader load tensors, and compare what it wrote to the own parameters of these layers.
+    """Let vLLM's loader load tensors, and count what it writes to the parameters of these layers.
 
     Args:
         load: The model's ``load_weights``.
@@ -91,7 +91,7 @@ def load_counted(
         expected: For each of their parameters, the elements that have to be written.
 
     Raises:
-        MismatchError: naming every parameter that got fewer or more elements.
+        MismatchError: A parameter got fewer or more elements; the message names each.
     """
     targets = {f"{n}.{p}": t for n, layer in layers.items() for p, t in _own_tensors(layer)}
     with torch.no_grad(), Writes(targets) as writes:

@@ -1,4 +1,4 @@
-"""Live weights that earlier pushes have left changed, given their base back: a push serves base + its own adapter."""
+"""Giving the base back to live weights that earlier pushes have changed, and that this push does not write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     import torch
 
     from lorasync.receive.live import LiveModel, Unit
-    from lorasync.receive.load_plan import LoadPlan, Row
+    from lorasync.receive.load_plan import LoadPlan
+    from lorasync.receive.windows import Row
 
 LOAD_BYTES = 32 << 20
-"""Weights that wait for vLLM's loader at once, if a single layer has not more."""
+"""How much is given to vLLM's loader at once; a single layer may have more."""
 
 
 class Restore:
-    """What has to be restored where these parameters were changed and a push writes these checkpoint names itself.
+    """Finds what differs from the base and is not written by the push itself; `write` gives it the base.
 
     Args:
         live: The served model.
@@ -28,7 +29,7 @@ class Restore:
         written: Checkpoint names that the push writes.
 
     Raises:
-        MismatchError: if something was changed that the trainer's base has nothing for.
+        MismatchError: The trainer's base has nothing for a changed parameter.
     """
 
     def __init__(self, live: LiveModel, changed: Collection[str], written: Collection[str]) -> None:
@@ -45,11 +46,16 @@ class Restore:
 
     @property
     def names(self) -> frozenset[str]:
-        """The checkpoint names whose base is needed."""
+        """The checkpoint names whose base `write` asks for."""
         return frozenset(row.name for row in self.rows).union(*(unit.names for unit in self.units))
 
     def write(self, part: Callable[[Row], torch.Tensor], stored: Callable[[str], torch.Tensor]) -> None:
-        """Write the base, from parts for rows of the plan and from whole tensors for layers that are loaded anew."""
+        """Write the base.
+
+        Args:
+            part: Returns the base of a row of the plan.
+            stored: Returns a whole checkpoint tensor, for layers that are loaded anew.
+        """
         for row in self.rows:
             self._live.live_slice(row.param, row.target).copy_(part(row))
         writer = LiveWriter(self._live)
@@ -75,7 +81,7 @@ def loads(live: LiveModel, units: Collection[Unit]) -> Iterator[list[str]]:
 
 
 def fed_by(plan: LoadPlan, names: Collection[str]) -> set[str]:
-    """The parameters that something of these checkpoint tensors goes into."""
+    """Return the parameters that something of these checkpoint tensors goes into."""
     wanted = frozenset(names)
     return {param for param, feeds in plan.feeds.items() if feeds & wanted}
 

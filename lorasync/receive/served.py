@@ -1,4 +1,4 @@
-"""What one vLLM worker serves: its model, the load plans for it, and its base."""
+"""What one vLLM worker serves: the model, load plans for it, and its base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive.bases import CheckpointBases, CopiedBases, has_checkpoint
 from lorasync.receive.live import LiveModel
-from lorasync.receive.load_plan import LoadPlan, ManifestEntry, record_plan
+from lorasync.receive.planner import record_plan
 from lorasync.receive.twin import build_twin
 from lorasync.vllm_seam.config import loads_random_weights, quantization_of, speculation_of
 from lorasync.vllm_seam.layers import is_quantized
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     import torch
+
+    from lorasync.receive.load_plan import LoadPlan, ManifestEntry
 
 _WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
 """Ways of speculative decoding whose drafter has no weights."""

@@ -1,4 +1,4 @@
-"""Tensors that have come and wait for the commit, checked against what the handshake announced."""
+"""Staging: tensors that have come and wait for the commit, each checked against the handshake."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ T = TypeVar("T")
 
 
 class Staging:
-    """Collects the announced tensors on the device; nothing that is being served depends on it.
+    """Copies the announced tensors to memory of its own; nothing that is served depends on that memory.
 
-    With ``pinned`` in host memory that a GPU reads and writes by itself: what was copied there is there once its stream
-    has come so far. With ``dtype`` rounded to it on the way, where the tensors come from.
+    Args:
+        manifest: Names, dtypes and shapes of the tensors.
+        device: Where the copies lie.
+        pinned: Whether they lie in page-locked host memory, which a GPU writes by itself: wait for its stream before the
+            host reads them.
+        dtype: What the copies are rounded to; ``None`` keeps each tensor's own dtype.
     """
 
     def __init__(
@@ -44,10 +48,10 @@ class Staging:
         self._spare: list[dict[str, torch.Tensor]] = []
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take a bucket.
+        """Copy a bucket.
 
         Raises:
-            MismatchError: for names, dtypes and shapes that were not announced, all at once.
+            MismatchError: Names, dtypes or shapes that were not announced; the message has them all.
         """
         self._check(tensors, self.expected, self.received.keys())
         if not self._room and self._spare:
@@ -59,10 +63,10 @@ class Staging:
         self.received.update(zip(tensors, room, strict=True))
 
     def take(self, version: int) -> dict[str, torch.Tensor]:
-        """Everything that was announced, if it is all there.
+        """Return everything that was announced.
 
         Raises:
-            PayloadError: naming what never came.
+            PayloadError: A tensor never came; the message names each.
         """
         missing = sorted(self.expected.keys() - self.received.keys())
         if missing:
@@ -73,11 +77,11 @@ class Staging:
         return taken
 
     def drop(self) -> None:
-        """Forget what has come of an update that is given up; the next one uses its memory."""
+        """Forget what has come of an update that is given up; the next update uses its memory."""
         self.received = {}
 
     def give_back(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Let a later update use the memory of what was taken once."""
+        """Let a later update use the memory of tensors that `take` has returned."""
         self._spare.append(tensors)
 
     def _room_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -90,10 +94,10 @@ class Staging:
 
 
 def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
-    """A part of the handshake, read.
+    """Read a part of the handshake.
 
     Raises:
-        PayloadError: if it is missing or malformed.
+        PayloadError: The part is missing or malformed.
     """
     try:
         return read(wanted[key])
@@ -104,7 +108,7 @@ def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
 
 
 class BucketCheck:
-    """`check_bucket`, which needs no second look at a bucket that comes again and has passed it."""
+    """Calls `check_bucket`, but not again for a bucket that is reused and has passed."""
 
     def __init__(self) -> None:
         self._passed: object = None
@@ -115,10 +119,10 @@ class BucketCheck:
         expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         received: Collection[str],
     ) -> None:
-        """Compare a bucket with the handshake, which is always the same one.
+        """Compare a bucket with the handshake; ``expected`` must be the same in all calls.
 
         Raises:
-            MismatchError: as `check_bucket` does.
+            MismatchError: As `check_bucket` raises it.
         """
         if self._passed is None or tensors is not self._passed or received:
             check_bucket(tensors, expected, received)
@@ -133,7 +137,7 @@ def check_bucket(
     """Compare a bucket with the handshake.
 
     Raises:
-        MismatchError: for what comes twice, was not announced, or has another dtype or shape.
+        MismatchError: A tensor came twice, was not announced, or has another dtype or shape; the message has them all.
     """
     seen, wrong = set(received), []
     for name, tensor in tensors.items():
@@ -142,7 +146,9 @@ def check_bucket(
             continue
         got = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
         if name in seen:
-            wrong.append(Mismatch(name, "it a second time", "each name once", "Fix the source."))
+            wrong.append(
+                Mismatch(name, "it a second time", "each name once", "The source must yield each name once.")
+            )
         elif want is None:
             wrong.append(Mismatch(name, got, "only names of the handshake", "connect() again."))
         else:

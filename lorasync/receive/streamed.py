@@ -1,4 +1,4 @@
-"""Merges on a GPU from bases in host memory or on disk: each base is copied into one buffer and merged from there."""
+"""Merging on a GPU from bases in host memory or on disk: each base is copied into one buffer, and merged from there."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lorasync.kernels import Base, MergeJob
-    from lorasync.receive.load_plan import Row
+    from lorasync.receive.windows import Row
 
 
 class StreamedMerges:
-    """One merge after another, all planned once, through a buffer from `buffer_for`; several may share one.
+    """Merges one row after another through one buffer; all merges are planned once, and run any number of times.
 
     Args:
         rows: What is merged.
-        base_of: The base of a row, anew at each run, wherever it lies.
-        job_of: How a row is merged from a given base.
-        buffer: Where each base is copied to.
+        base_of: Returns the base of a row; asked at each run.
+        job_of: Returns the merge of a row from a given base.
+        buffer: Where each base is copied to; from `buffer_for`. Several objects may share it.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class StreamedMerges:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Merge all with what bases and factors hold now; the stream keeps copies and merges in order."""
+        """Merge all rows, with the values that bases and factors have now; the stream keeps copies and merges in order."""
         for row, place, merge in self._merges:
             place.copy_(self._base_of(row).dequantize(), non_blocking=True)
             merge.run()
 
 
 def buffer_for(rows: Sequence[Row], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for the largest of these rows."""
+    """Allocate memory for the largest of these rows."""
     return torch.empty(max(map(_elements, rows), default=0), dtype=dtype, device=device)
 
 

@@ -1,4 +1,4 @@
-"""The served model once more, on the meta device: same parameters, no memory, vLLM's own loaders."""
+"""The twin of the served model: built on the meta device, with the same parameters and loaders, and without memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_twin(vllm_config: Any) -> torch.nn.Module:
     would start kernels as soon as a layer is complete, which nothing on the meta device can.
 
     Raises:
-        SyncError: if the model's constructor can't do without memory.
+        SyncError: The model's constructor can't do without memory.
     """
     twin = _built(vllm_config, quantized=True)
     quantizes = any(map(quantizes_as_it_loads, twin.modules()))
@@ -34,7 +34,7 @@ def build_twin(vllm_config: Any) -> torch.nn.Module:
 
 
 def _built(vllm_config: Any, *, quantized: bool) -> torch.nn.Module:
-    """On meta altogether; where the constructor reads what it has made (slopes, constants), small tensors are real."""
+    """Build it on meta; if the constructor reads what it has made (slopes, constants), with small tensors in memory."""
     try:
         with _registering() as made_now:
             twin = build(vllm_config, torch.device("meta"), quantized=quantized)
@@ -73,7 +73,7 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 
 def _move_to_meta(modules: Iterable[torch.nn.Module]) -> None:
-    """The parameters and buffers of these modules that are real; one that several share stays shared."""
+    """Move the parameters and buffers of these modules to meta; one that several modules share stays shared."""
     moved: dict[int, Any] = {}
     for module in modules:
         for held in (module._parameters, module._buffers):
@@ -86,7 +86,7 @@ def _move_to_meta(modules: Iterable[torch.nn.Module]) -> None:
 
 @contextmanager
 def _registering() -> Iterator[list[torch.nn.Module]]:
-    """Collect the modules that get a parameter or buffer: those are the twin's own, others it shares with live models."""
+    """Collect the modules that get a parameter or buffer: those belong to the twin, others to live models too."""
     from torch.nn.modules import module as hooks
 
     found: dict[int, torch.nn.Module] = {}

@@ -24,7 +24,7 @@ class Slice:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The window over ``tensor``, which must be laid out as the one that the slice was taken of."""
+        """Return the window over ``tensor``, which must be laid out as the tensor that the slice was taken of."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
     @property
@@ -33,7 +33,7 @@ class Slice:
 
     @property
     def end(self) -> int:
-        """One past the last element of the storage that the window touches."""
+        """The first element of the storage after the window."""
         if not self.numel:
             return self.offset
         return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
@@ -63,7 +63,7 @@ class Rectangle:
 
     @classmethod
     def of(cls, row: Row, columns: int) -> Rectangle:
-        """The rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
+        """Return the rectangle that a row of the plan reads, of a contiguous tensor with so many columns."""
         top, left = divmod(row.source.offset, columns)
         height, width = row.source.shape
         assert row.source.stride in ((columns, 1), (width, 1)), row
@@ -71,7 +71,7 @@ class Rectangle:
 
 
 def covered(windows: Iterable[Slice]) -> int:
-    """How many elements of one storage the windows cover, each counted once.
+    """Count the elements of one storage that the windows cover, each once.
 
     Example:
         >>> covered([Slice((4,), (1,), 0), Slice((4,), (1,), 2), Slice((2,), (1,), 10)])
@@ -94,7 +94,7 @@ def overlap(left: Slice, right: Slice) -> bool:
 
 
 def _groups(windows: Iterable[Slice]) -> Iterator[list[Slice]]:
-    """Windows whose spans meet; the others can't have an element in common."""
+    """Yield windows in groups whose spans meet; windows of different groups have no element in common."""
     group: list[Slice] = []
     end = 0
     for window in sorted((w for w in set(windows) if w.numel), key=lambda w: w.offset):

@@ -1,4 +1,4 @@
-"""One pass over the live weights: buckets in, layers live one by one, and every element accounted for."""
+"""Writing buckets into the live weights, layer by layer; vLLM's loader is checked element by element."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
 
 class LiveWriter:
-    """`write` any number of buckets, then `finish`; or `undo`.
+    """Takes any number of buckets by `write`, then `finish`, or else `undo`.
 
-    Layers that are loaded anew are never seen half-loaded: until all of their tensors have come they keep their old
-    weights.
+    A layer that is loaded anew keeps its old weights until all of its tensors have come.
 
     Args:
         live: The served model.
-        writes: What sorts the buckets; kept from push to push, it sorts a bucket that comes again only once.
+        writes: Sorts the buckets. Pass the same one for each push, and a bucket that is reused is sorted only once.
     """
 
     def __init__(self, live: LiveModel, writes: DirectWrites | None = None) -> None:
@@ -41,7 +40,7 @@ class LiveWriter:
         """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one.
 
         Raises:
-            MismatchError: if vLLM's loader did not write what the load plan says.
+            MismatchError: VLLM's loader did not write what the load plan says.
         """
         direct = self._writes.of(tensors)
         self.touched |= bool(tensors)
@@ -60,10 +59,10 @@ class LiveWriter:
         self._own(come)
 
     def finish(self) -> None:
-        """Derive anew what the engine derives from its weights; every layer must be complete.
+        """Derive anew what the engine derives from its weights.
 
         Raises:
-            SyncError: naming the layers that are not.
+            SyncError: A layer did not get all of its tensors; the message names each.
         """
         if self._waiting:
             layers = sorted(layer for unit in self._waiting for layer in unit.layers)
@@ -73,7 +72,7 @@ class LiveWriter:
         self._live.refresh(self._written)
 
     def undo(self) -> None:
-        """Forget what waits: its layers have their old weights, complete ones keep the new."""
+        """Forget the tensors of incomplete layers, which keep their old weights; complete layers keep the new ones."""
         self._waiting.clear()
         self._live.refresh(self._written)
 
@@ -85,7 +84,7 @@ class LiveWriter:
                 self._written.add(row.param)
 
     def _own(self, come: Collection[str]) -> None:
-        """Copy what waits for other buckets: the sender writes the next one to the same memory."""
+        """Copy the tensors whose layers wait for another bucket: the sender writes that one to the same memory."""
         for held in self._waiting.values():
             held.update({name: tensor.clone() for name, tensor in held.items() if name in come})
 

@@ -1,4 +1,4 @@
-"""How an engine is laid out over processes, and which layouts a push can't reach as a whole."""
+"""Layouts of an engine over processes that a push can't reach as a whole."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lorasync.errors import Mismatch, MismatchError
 
 
 def check_layout(parallel: Any) -> None:
-    """Refuse an engine of which a push would reach a part only: the rest would go on with its old weights.
+    """Refuse an engine of which a push would reach only a part: the rest would keep its old weights.
 
     Args:
         parallel: vLLM's `ParallelConfig`.
 
     Raises:
-        MismatchError: naming each setting, and what works instead.
+        MismatchError: Such a setting; the message names each, and what works instead.
     """
     wrong = [*_too_many(parallel), *_experts(parallel), *_partly_elsewhere(parallel)]
     if wrong:
