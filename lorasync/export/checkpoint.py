@@ -16,18 +16,11 @@ from lorasync.export.skeleton import misplaced, saved_beside, skeleton
 from lorasync.export.tensors import Tensors
 from lorasync.export.ties import declared, settle, severed
 from lorasync.export.vocabulary import check_tokenizer, other_vocabulary
-from lorasync.merge import (
-    NEAREST,
-    Nearest,
-    Rounding,
-    Scratch,
-    low_rank_delta,
-    merge_and_round,
-    merge_low_rank,
-    replace_rows,
-)
+from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, merge_and_round
+from lorasync.merge.edits import LowRankUpdate, UpdatePart, edited
 from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source import FactorModule, FactorSource, FactorSpec, ParamMeta
+from lorasync.source.edits import with_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasync.export.packed import Weight
+    from lorasync.merge.edits import Edit
+    from lorasync.source.spec import FactorBias, FactorRows
 
 _FIX = "Is the adapter for this base? Else load both with PEFT and pass the model to merge_to_disk."
 
@@ -118,39 +113,41 @@ class CheckpointSource:
         rows = {rows.weight for rows in self.spec.rows}
         if len(modules) == 1 and not modules[0].pieces and name not in rows:
             return self._one_module(modules[0], name, base, scratch)
-        return self._cast(self._merged(name, base), name)
+        exact = not isinstance(self.rounding, Nearest)
+        return self._cast(edited(base, self._edits(name, exact=exact), exact=exact), name)
 
     def _one_module(self, module: FactorModule, name: str, base: Tensor, scratch: Scratch) -> Tensor:
-        """The usual case: one adapter, rounded as it is merged."""
-        how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
-        a, b = self.factors[module.a], self.factors[module.b]
-        magnitude = None if module.magnitude is None else self.factors[module.magnitude]
-        dtype, rounding = self._dtype_of(name), self.rounding
+        """Merge the usual case: one adapter, rounded as it is merged."""
+        update = self._update(module, name)
         return merge_and_round(
-            how, base, a, b, magnitude, dtype=dtype, rounding=rounding, key=name, scratch=scratch
+            update.how,
+            base,
+            update.lora_a,
+            update.lora_b,
+            update.magnitude,
+            dtype=self._dtype_of(name),
+            rounding=self.rounding,
+            key=name,
+            scratch=scratch,
         )
 
-    def _merged(self, name: str, base: Tensor) -> Tensor:
-        weight = base
+    def _edits(self, name: str, *, exact: bool) -> Iterator[Edit]:
+        """Yield what the adapter does to one tensor of the checkpoint."""
         for module in self._modules.get(name, ()):
-            weight = self._low_rank(module, name, weight)
-        for bias in self.spec.biases:
-            if bias.weight == name:
-                weight = weight + self.factors[bias.tensor] * bias.scaling
-        for rows in self.spec.rows:
-            if rows.weight == name:
-                weight = replace_rows(weight, rows.rows, self.factors[rows.tensor])
-        return weight
+            update = self._update(module, name)
+            if module.pieces:
+                delta = self._delta_of_piece(module, name, update.delta(exact=exact))
+                yield UpdatePart(update.how, delta)
+            else:
+                yield update
+        entries: tuple[FactorBias | FactorRows, ...] = (*self.spec.biases, *self.spec.rows)
+        yield from (with_factors(entry, self.factors) for entry in entries if entry.weight == name)
 
-    def _low_rank(self, module: FactorModule, name: str, weight: Tensor) -> Tensor:
-        exact = not isinstance(self.rounding, Nearest)
+    def _update(self, module: FactorModule, name: str) -> LowRankUpdate:
         how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
-        a, b = self.factors[module.a], self.factors[module.b]
-        if module.pieces:
-            delta = self._delta_of_piece(module, name, low_rank_delta(how, a, b, exact=exact))
-            return weight + (delta.to(weight.dtype) if how.cast_first and not exact else delta)
-        magnitude = None if module.magnitude is None else self.factors[module.magnitude]
-        return merge_low_rank(how, weight, a, b, magnitude, exact=exact)
+        update = with_factors(replace(module, how=how), self.factors)
+        assert isinstance(update, LowRankUpdate)
+        return update
 
     def _delta_of_piece(self, module: FactorModule, name: str, delta: Tensor) -> Tensor:
         """The part of a fused weight's delta that belongs to one piece: conversions only move elements."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorasync.errors import AdapterError, Mismatch, MismatchError
 from lorasync.kernels import PendingMerge
 from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, merge_and_round
+from lorasync.merge.edits import edited
 from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
 from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
@@ -120,17 +121,14 @@ class Slot:
 
     def exact(self, whole: Whole = AS_HELD, *, as_peft: bool = False) -> Tensor:
         """Merge without the last rounding; ``as_peft`` keeps the roundings that PEFT does on the way."""
-        base = weight = self.base(whole)
+        base = self.base(whole)
         if self.general is not None:
             return self.general.run(base, self.attr, whole)
         between = as_peft and self.packing == "plain"
         if not as_peft:
-            base = weight = base.to(torch.promote_types(base.dtype, torch.float32))
-        for index, step in enumerate(self.steps):
-            if index and between:
-                weight = weight.to(base.dtype)
-            weight = step.apply(weight, base, not as_peft, whole)
-        return weight
+            base = base.to(torch.promote_types(base.dtype, torch.float32))
+        edits = (step.edit(whole) for step in self.steps)
+        return edited(base, edits, exact=not as_peft, round_between=between)
 
 
 def blocks(names: list[str]) -> Iterator[list[str]]:
