@@ -150,7 +150,7 @@ class CheckpointSource:
         return update
 
     def _delta_of_piece(self, module: FactorModule, name: str, delta: Tensor) -> Tensor:
-        """The part of a fused weight's delta that belongs to one piece: conversions only move elements."""
+        """Return the part of a fused weight's delta that belongs to one piece; conversions only move elements."""
         layout = CheckpointLayout(self._model.base_model.model)
         return layout.convert({module.weight: delta})[name]
 
@@ -159,7 +159,7 @@ class CheckpointSource:
         return self.rounding(tensor, dtype, key=name) if dtype.is_floating_point else tensor
 
     def _stored(self, name: str) -> Weight | None:
-        """The base's weight of a name, or of the one that it is tied to."""
+        """Return the base's weight of this name, or of the name that it is tied to; None where the base has neither."""
         name = name if name in self.base else self._stand_ins.get(name, name)
         return self.base.get(name)
 
@@ -177,7 +177,7 @@ class CheckpointSource:
         return self.factors.describe(self._saved[name])[1] if stored is None else stored.shape
 
     def _added(self) -> list[str]:
-        """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
+        """List names that the base doesn't store but the merged model does: trained heads, untied weights."""
         ties = self._ties
         told = {*ties.by, *(kept for name, kept in ties.by.items() if name in self.base)}
         return [n for n in dict.fromkeys([*self._saved, *ties.apart]) if n not in self.base and n not in told]
@@ -194,7 +194,7 @@ class CheckpointSource:
             raise MismatchError(hint or "The adapter doesn't fit this base.", wrong)
 
     def _unused(self) -> Iterator[Mismatch]:
-        """Tensors of the adapter that no weight of the merged model is made of."""
+        """Yield the adapter's tensors that no weight of the merged model is made of."""
         modules = self.spec.modules
         entries: list[Any] = [*self.spec.biases, *self.spec.rows, *self.spec.saved]
         used = {t for m in modules for t in (m.a, m.b, m.magnitude)} | {entry.tensor for entry in entries}
@@ -224,7 +224,7 @@ class CheckpointSource:
             raise MismatchError("The adapter doesn't fit this base.", wrong)
 
     def _changed(self) -> Iterator[Mismatch]:
-        """Embeddings that PEFT saved along, with other values than the base has: they were trained or set before."""
+        """Yield embeddings that PEFT saved with the adapter and that differ from the base's: trained, or set before."""
         for name in saved_beside(self._model, self.factors):
             weight = checkpoint_name(name)
             stored = self._stored(weight or name)

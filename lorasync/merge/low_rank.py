@@ -1,4 +1,4 @@
-"""Any low-rank adapter, told by a `LowRank`: the calls that the trainer and the worker share."""
+"""Merging any low-rank adapter, as a `LowRank` describes it: what both the trainer and the worker call."""
 
 from __future__ import annotations
 

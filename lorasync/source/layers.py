@@ -120,7 +120,7 @@ def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> No
 
 
 def _computed(layer: Any, adapter: str) -> str | None:
-    """Why a weight, or a factor, is no parameter that could be read: PyTorch computes it at each use."""
+    """Return the reason if PyTorch computes this weight, or a factor, at each use, so that there is no parameter to read."""
     _, inner = chain_of(layer)
     weight = _weight_name(layer)
     held = inner._parameters.keys() | inner._buffers.keys()

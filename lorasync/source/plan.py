@@ -138,7 +138,7 @@ def blocks(names: list[str]) -> Iterator[list[str]]:
 
 
 def _layer(name: str) -> tuple[str, ...]:
-    """The path up to its first number (`model.layers.3`), or the whole name where there is none."""
+    """Return a name's path up to its first number (`model.layers.3`), or the whole name where it has no number."""
     path = name.split(".")
     numbers = [index for index, segment in enumerate(path) if segment.isdigit()]
     return tuple(path[: numbers[0] + 1] if numbers else path)
@@ -167,7 +167,7 @@ def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:
 
 
 def _misfits(slot: Slot, step: layers.Step) -> Iterator[Mismatch]:
-    """What is wrong with the shapes of one step; nothing is gathered."""
+    """Yield what is wrong with the shapes of one step; nothing is gathered."""
     if step.how is None:
         return
     a, b = (tuple(full_shape(param)) for param in step.params[:2])
@@ -231,7 +231,7 @@ class _Walk:
                 yield Slot(slot.name, dtype, shape, module, attr, steps)
 
     def _live(self, wrapper: Any, prefix: str) -> nn.Module:
-        """The module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
+        """Return the module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
         if not isinstance(wrapper, ModulesToSaveWrapper):
             adapter: nn.Module = wrapper.token_adapter
             return adapter
@@ -255,7 +255,7 @@ def _general(slot: Slot, merged: list[tuple[Any, str]]) -> Slot:
 
 
 def _packed_dtype(base: nn.Module) -> torch.dtype:
-    """What 8-bit weights (INT8, FP8) are served as: the dtype that the model was loaded in."""
+    """Return the dtype that 8-bit weights (INT8, FP8) are served as: the one that the model was loaded in."""
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     if isinstance(dtype, str):  # as save_pretrained leaves it behind
         dtype = getattr(torch, dtype, None)
