@@ -13,6 +13,8 @@ from torch import nn
 
 import lorasync.merge as M
 from lorasync.errors import MismatchError
+from lorasync.merge import LowRank, merge_low_rank
+from lorasync.merge.edits import Added, LowRankUpdate, Replaced, Rows, UpdatePart, edited
 from tests.tiny import fill, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -242,3 +244,47 @@ def test_delta_survival_counts_only_updated_elements() -> None:
     base = torch.ones(4, dtype=torch.bfloat16)
     exact = torch.tensor([1.5, 1.00001, 1.0, 1.0])
     assert M.delta_survival("w", base, exact, exact.bfloat16()).unmoved == pytest.approx(0.5)
+
+
+# --- edits of a weight --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast_first", [False, True])
+def test_a_part_of_an_update_is_that_part_of_the_whole_one(dtype: torch.dtype, cast_first: bool) -> None:
+    torch.manual_seed(0)
+    how = LowRank("linear", 0.7, cast_first=cast_first)
+    base = torch.randn(8, 6).to(dtype)
+    update = LowRankUpdate(how, torch.randn(3, 6).to(dtype), torch.randn(8, 3).to(dtype))
+    whole = edited(base, [update])
+    assert torch.equal(
+        whole, merge_low_rank(how, base, update.lora_a, update.lora_b, norm_base=base, exact=False)
+    )
+    for rows, cols in ((slice(2, 5), slice(None)), (slice(None), slice(1, 4))):
+        part = edited(base[rows, cols], [UpdatePart(how, update.delta()[rows, cols])])
+        assert torch.equal(part, whole[rows, cols])
+
+
+def test_edits_are_made_in_order_and_the_base_is_only_read() -> None:
+    base = torch.zeros(3, 2, dtype=torch.bfloat16)
+    row = torch.full((1, 2), 1.0)
+    edits = [Rows((1,), row), Added(torch.full((3, 2), 2.0**-10), 1.0), Added(torch.ones(3, 2), 0.5)]
+    assert edited(base, edits)[1].tolist() == [1.5 + 2.0**-10] * 2
+    assert edited(base, edits, round_between=True)[1].tolist() == [1.5] * 2
+    assert not base.any()
+    assert edited(base, [*edits, Replaced(row)]) is row
+
+
+def test_entries_of_a_spec_become_edits() -> None:
+    from lorasync.source.edits import with_factors
+    from lorasync.source.spec import FactorBias, FactorModule, FactorRows, FactorSaved
+
+    factors = {name: torch.randn(2, 2) for name in ("a", "b", "m", "t")}
+    how = LowRank("linear", 2.0, dora=True)
+    module = FactorModule("w", (), "float32", (2, 2), "plain", 2, "a", "b", "m", how)
+    update = with_factors(module, factors)
+    assert isinstance(update, LowRankUpdate)
+    assert (update.how, update.lora_a, update.magnitude) == (how, factors["a"], factors["m"])
+    assert with_factors(FactorRows("w", "t", (0,)), factors).values is factors["t"]
+    assert with_factors(FactorBias("w", "t", 3.0), factors).scaling == 3.0
+    assert isinstance(with_factors(FactorSaved("w", "t"), factors), Replaced)

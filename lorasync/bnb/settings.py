@@ -26,7 +26,7 @@ class Settings:
 
     @property
     def bits(self) -> int:
-        """4 or 8."""
+        """Bits of one packed weight: 4 or 8."""
         return 8 if self.kind == "int8" else 4
 
 

@@ -143,5 +143,5 @@ def require_library(subject: str) -> None:
 
 
 def _said(state: Tensor) -> dict[str, Any]:
-    """What a stored ``quant_state`` says: JSON, one byte an element."""
+    """Read a stored ``quant_state``, which is JSON with one byte an element."""
     return dict(json.loads(bytes(state.cpu().tolist()).decode()))

@@ -91,7 +91,7 @@ def save_generation_config(model: Any, out: Path) -> None:
 
 
 def _usual(metadata: Sequence[ParamMeta]) -> torch.dtype | None:
-    """The dtype of most elements."""
+    """Return the dtype of most elements."""
     found: Counter[torch.dtype] = Counter()
     for meta in metadata:
         if meta.dtype.is_floating_point:
@@ -100,7 +100,7 @@ def _usual(metadata: Sequence[ParamMeta]) -> torch.dtype | None:
 
 
 def _stored_name(model: Any, which: str) -> str | None:
-    """The checkpoint name of the input or output embedding's weight; None where the model has none."""
+    """Return the checkpoint name of the input or output embedding's weight; None where the model has none."""
     layer = getattr(model, which)() if hasattr(model, which) else None
     path = next((name for name, module in model.named_modules() if module is layer), None)
     name = None if layer is None or path is None else checkpoint_name(f"{path}.weight")

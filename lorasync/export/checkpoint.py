@@ -16,18 +16,11 @@ from lorasync.export.skeleton import misplaced, saved_beside, skeleton
 from lorasync.export.tensors import Tensors
 from lorasync.export.ties import declared, settle, severed
 from lorasync.export.vocabulary import check_tokenizer, other_vocabulary
-from lorasync.merge import (
-    NEAREST,
-    Nearest,
-    Rounding,
-    Scratch,
-    low_rank_delta,
-    merge_and_round,
-    merge_low_rank,
-    replace_rows,
-)
+from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, merge_and_round
+from lorasync.merge.edits import LowRankUpdate, UpdatePart, edited
 from lorasync.names import CheckpointLayout, checkpoint_name
 from lorasync.source import FactorModule, FactorSource, FactorSpec, ParamMeta
+from lorasync.source.edits import with_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorasync.export.packed import Weight
+    from lorasync.merge.edits import Edit
+    from lorasync.source.spec import FactorBias, FactorRows
 
 _FIX = "Is the adapter for this base? Else load both with PEFT and pass the model to merge_to_disk."
 
@@ -118,42 +113,44 @@ class CheckpointSource:
         rows = {rows.weight for rows in self.spec.rows}
         if len(modules) == 1 and not modules[0].pieces and name not in rows:
             return self._one_module(modules[0], name, base, scratch)
-        return self._cast(self._merged(name, base), name)
+        exact = not isinstance(self.rounding, Nearest)
+        return self._cast(edited(base, self._edits(name, exact=exact), exact=exact), name)
 
     def _one_module(self, module: FactorModule, name: str, base: Tensor, scratch: Scratch) -> Tensor:
-        """The usual case: one adapter, rounded as it is merged."""
-        how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
-        a, b = self.factors[module.a], self.factors[module.b]
-        magnitude = None if module.magnitude is None else self.factors[module.magnitude]
-        dtype, rounding = self._dtype_of(name), self.rounding
+        """Merge the usual case: one adapter, rounded as it is merged."""
+        update = self._update(module, name)
         return merge_and_round(
-            how, base, a, b, magnitude, dtype=dtype, rounding=rounding, key=name, scratch=scratch
+            update.how,
+            base,
+            update.lora_a,
+            update.lora_b,
+            update.magnitude,
+            dtype=self._dtype_of(name),
+            rounding=self.rounding,
+            key=name,
+            scratch=scratch,
         )
 
-    def _merged(self, name: str, base: Tensor) -> Tensor:
-        weight = base
+    def _edits(self, name: str, *, exact: bool) -> Iterator[Edit]:
+        """Yield what the adapter does to one tensor of the checkpoint."""
         for module in self._modules.get(name, ()):
-            weight = self._low_rank(module, name, weight)
-        for bias in self.spec.biases:
-            if bias.weight == name:
-                weight = weight + self.factors[bias.tensor] * bias.scaling
-        for rows in self.spec.rows:
-            if rows.weight == name:
-                weight = replace_rows(weight, rows.rows, self.factors[rows.tensor])
-        return weight
+            update = self._update(module, name)
+            if module.pieces:
+                delta = self._delta_of_piece(module, name, update.delta(exact=exact))
+                yield UpdatePart(update.how, delta)
+            else:
+                yield update
+        entries: tuple[FactorBias | FactorRows, ...] = (*self.spec.biases, *self.spec.rows)
+        yield from (with_factors(entry, self.factors) for entry in entries if entry.weight == name)
 
-    def _low_rank(self, module: FactorModule, name: str, weight: Tensor) -> Tensor:
-        exact = not isinstance(self.rounding, Nearest)
+    def _update(self, module: FactorModule, name: str) -> LowRankUpdate:
         how = replace(module.how, exact=module.how.exact or self._by_bitsandbytes(name))
-        a, b = self.factors[module.a], self.factors[module.b]
-        if module.pieces:
-            delta = self._delta_of_piece(module, name, low_rank_delta(how, a, b, exact=exact))
-            return weight + (delta.to(weight.dtype) if how.cast_first and not exact else delta)
-        magnitude = None if module.magnitude is None else self.factors[module.magnitude]
-        return merge_low_rank(how, weight, a, b, magnitude, exact=exact)
+        update = with_factors(replace(module, how=how), self.factors)
+        assert isinstance(update, LowRankUpdate)
+        return update
 
     def _delta_of_piece(self, module: FactorModule, name: str, delta: Tensor) -> Tensor:
-        """The part of a fused weight's delta that belongs to one piece: conversions only move elements."""
+        """Return the part of a fused weight's delta that belongs to one piece; conversions only move elements."""
         layout = CheckpointLayout(self._model.base_model.model)
         return layout.convert({module.weight: delta})[name]
 
@@ -162,7 +159,7 @@ class CheckpointSource:
         return self.rounding(tensor, dtype, key=name) if dtype.is_floating_point else tensor
 
     def _stored(self, name: str) -> Weight | None:
-        """The base's weight of a name, or of the one that it is tied to."""
+        """Return the base's weight of this name, or of the name that it is tied to; None where the base has neither."""
         name = name if name in self.base else self._stand_ins.get(name, name)
         return self.base.get(name)
 
@@ -180,7 +177,7 @@ class CheckpointSource:
         return self.factors.describe(self._saved[name])[1] if stored is None else stored.shape
 
     def _added(self) -> list[str]:
-        """Names that the base doesn't store but the merged model does: trained heads, untied weights."""
+        """List names that the base doesn't store but the merged model does: trained heads, untied weights."""
         ties = self._ties
         told = {*ties.by, *(kept for name, kept in ties.by.items() if name in self.base)}
         return [n for n in dict.fromkeys([*self._saved, *ties.apart]) if n not in self.base and n not in told]
@@ -197,7 +194,7 @@ class CheckpointSource:
             raise MismatchError(hint or "The adapter doesn't fit this base.", wrong)
 
     def _unused(self) -> Iterator[Mismatch]:
-        """Tensors of the adapter that no weight of the merged model is made of."""
+        """Yield the adapter's tensors that no weight of the merged model is made of."""
         modules = self.spec.modules
         entries: list[Any] = [*self.spec.biases, *self.spec.rows, *self.spec.saved]
         used = {t for m in modules for t in (m.a, m.b, m.magnitude)} | {entry.tensor for entry in entries}
@@ -227,7 +224,7 @@ class CheckpointSource:
             raise MismatchError("The adapter doesn't fit this base.", wrong)
 
     def _changed(self) -> Iterator[Mismatch]:
-        """Embeddings that PEFT saved along, with other values than the base has: they were trained or set before."""
+        """Yield embeddings that PEFT saved with the adapter and that differ from the base's: trained, or set before."""
         for name in saved_beside(self._model, self.factors):
             weight = checkpoint_name(name)
             stored = self._stored(weight or name)

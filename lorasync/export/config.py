@@ -115,7 +115,7 @@ def _say_dtype(level: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def _levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config and the ones nested in it (`text_config`, `vision_config`, …), outermost first."""
+    """Yield the config and those nested in it (`text_config`, `vision_config`, …), outermost first."""
     yield config
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config") and key not in _PACKED:

@@ -111,7 +111,7 @@ class _Job:
     beside: Callable[[Path], None]
 
     def counted(self, bar: Any) -> Iterator[tuple[str, Tensor]]:
-        """The stream, with a bar that goes along."""
+        """Yield the stream, and advance a progress bar with it."""
         for meta, (name, tensor) in zip(self.metadata, self.source, strict=True):
             yield name, tensor
             bar.update(size(meta))

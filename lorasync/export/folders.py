@@ -89,7 +89,7 @@ def _named_files(folder: Path, stem: str) -> list[str]:
 
 
 def _instead(folder: Path, stem: str) -> str:
-    """What was expected, with the way there from what is in the folder."""
+    """Say what was expected, and how to get there from what is in the folder."""
     unsafe = sorted({file.name for pattern in _UNSAFE_FILES for file in folder.glob(pattern)} - _NO_WEIGHTS)
     if unsafe:
         return _converted(unsafe[0], stem)

@@ -1,4 +1,4 @@
-"""Whether what will be written loads: transformers itself is asked, with tensors that have no storage."""
+"""Asking transformers, with tensors that have no storage, whether the folder that will be written loads."""
 
 from __future__ import annotations
 

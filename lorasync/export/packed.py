@@ -212,7 +212,7 @@ class _Finder:
 
 
 def _stored_as(dtype: torch.dtype) -> str:
-    """The dtype as safetensors spells it, as far as it can hold codes."""
+    """Return the dtype as safetensors spells it if it can hold codes; else F32."""
     return _CODES.get(dtype, "F32")
 
 

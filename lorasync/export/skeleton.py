@@ -119,7 +119,7 @@ def saved_beside(model: Any, factors: Tensors) -> list[str]:
 
 
 def embeddings(model: Any) -> Iterator[tuple[str, Any]]:
-    """Path and weight of the input and the output embedding."""
+    """Yield path and weight of the input and the output embedding."""
     for which in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model.base_model.model, which, None)
         layer = get() if get is not None else None

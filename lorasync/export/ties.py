@@ -1,4 +1,4 @@
-"""Tied weights of a folder: by what is stored and trained there, not by what the config says alone."""
+"""Tied weights of a folder, found by what is stored and trained there: the config alone may be wrong."""
 
 from __future__ import annotations
 
@@ -139,6 +139,6 @@ def _comparisons(one: _Edits, other: _Edits, factors: Tensors) -> Iterator[bool]
 
 
 def _as_linear(module: FactorModule, factors: Tensors) -> tuple[Tensor, Tensor]:
-    """A and B such that the weight itself gets s·B·A: an embedding holds them the other way round."""
+    """Return A and B such that the weight gets s·B·A; for an embedding both are swapped and transposed."""
     a, b = factors[module.a], factors[module.b]
     return (b.T, a.T) if module.kind == "embedding" else (a, b)

@@ -1,4 +1,4 @@
-"""An adapter that was trained on a larger vocabulary than its base has, as far as its folder tells."""
+"""Recognising an adapter that was trained on a larger vocabulary than its base has, by the files in its folder."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def check_tokenizer(model: Any, base: Path, adapter: Path) -> None:
 
 
 def _added_tokens(folder: Path) -> Iterator[int]:
-    """The ids of tokens that were added to a vocabulary, from each of the files that list them."""
+    """Read the ids of tokens that were added to a vocabulary, from each of the files that list them."""
     yield from map(int, _entries(folder / "tokenizer_config.json", "added_tokens_decoder") or ())
     yield from _entries(folder / "added_tokens.json").values()
     yield from (token["id"] for token in _entries(folder / "tokenizer.json", "added_tokens") or ())
 
 
 def _entries(file: Path, key: str | None = None) -> Any:
-    """What a tokenizer's file holds; nothing where it isn't JSON: that is transformers' to say."""
+    """Read a tokenizer's file; empty where it isn't JSON, which transformers will say itself."""
     try:
         found = read_json(file) if file.is_file() else {}
     except LoadError:

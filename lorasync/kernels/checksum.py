@@ -19,7 +19,7 @@ _MASK = (1 << 64) - 1
 
 
 class Checksum:
-    """Planned once for contiguous tensors of one device, which must stay where they are.
+    """A checksum of contiguous tensors of one device; it is planned once, so the tensors must stay where they are.
 
     64 bits, Σ m ⊕ (m >> 32) with m = (x ⊕ (x >> 29)) · w over all 8-byte words x, each place with an odd w of its own.
     It tells stale, shifted or partly written memory from the right one; it is no defence against an attacker.

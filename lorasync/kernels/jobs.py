@@ -45,7 +45,7 @@ class MergeJob:
 
 @dataclass(frozen=True, eq=False)
 class PendingMerge:
-    """A merge that whoever holds the weights may do straight into them; `make` computes it as a tensor instead.
+    """A merge that is not done yet: who holds the live weights does it straight into them, others call `make` for a tensor.
 
     Args:
         base: W, which is only read.

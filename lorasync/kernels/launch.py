@@ -100,7 +100,7 @@ class Launch:
         self._graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """Without the collection of garbage and the emptied cache that come with `torch.cuda.graph`."""
+        """Capture a CUDA graph without the garbage collection and the emptied cache that `torch.cuda.graph` adds."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(self.variant.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.variant.device))
@@ -176,7 +176,7 @@ def plan(jobs: Sequence[MergeJob], *, tune: bool = False) -> tuple[Launch, ...]:
 
 
 def _primed(variant: Variant, jobs: Sequence[MergeJob], choice: Config) -> Launch:
-    """A compiled launch; where the chosen tile needs more shared memory than the GPU has, with another one."""
+    """Compile a launch; where the chosen tile needs more shared memory than the GPU has, with another tile."""
     for config in dict.fromkeys((choice, *_candidates(variant))):
         launch = Launch(variant, jobs, config)
         try:
@@ -244,7 +244,7 @@ def _vectors(tensor: Tensor) -> bool:
 
 
 def _factors(job: MergeJob, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The factors as the kernel wants them, and as they were given; mostly the same tensors."""
+    """Return the factors as the kernel wants them, and as they were given; mostly the same tensors."""
     given = (job.lora_a, job.lora_b)
     lora_a, lora_b = (t if t.dtype == dtype and t.stride(1) == 1 else t.to(dtype).contiguous() for t in given)
     return (lora_a, lora_b), given
@@ -283,7 +283,7 @@ def _even(jobs: Sequence[MergeJob], variant: Variant, config: Config) -> bool:
 
 
 def _buffers(variant: Variant, jobs: Sequence[MergeJob], config: Config) -> dict[str, Tensor]:
-    """The small memory between kernels: the list of cancelled rows, DoRA's partial norms and factors."""
+    """Allocate what one kernel leaves for the next: the list of cancelled rows, DoRA's partial norms and factors."""
     elements = sum(job.out.numel() for job in jobs)
     sizes = {"partial": 0, "factor": 0, "cancelled": min(1 << 20, 1024 + elements // 1024)}
     if variant.magnitude_dtype is not None:
@@ -305,7 +305,7 @@ def _table(
     buffers: dict[str, Tensor],
     config: Config,
 ) -> tuple[list[list[int]], list[int]]:
-    """One row of the job table for each job, and how many strips it has."""
+    """Return the job table, one row a job, and how many strips each job has."""
     table, strips, first, features, parts = [], [], 0, 0, 0
     for job, pair in zip(jobs, factors, strict=True):
         rows, cols = job.out.shape
@@ -359,20 +359,20 @@ def _base_fields(base: Base) -> dict[str, int]:
 
 
 def _bits(value: float) -> int:
-    """A float64 as the int64 of the same bits."""
+    """Return the int64 that has the bits of a float64."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
 
 
 def _scratch_jobs(jobs: Sequence[MergeJob], limit: int = 64 << 20) -> list[MergeJob]:
-    """The largest job a few times over, up to ``limit`` bytes, with an output of its own: for timing."""
+    """Repeat the largest job, up to ``limit`` bytes and with outputs of its own, so that it can be timed."""
     job = max(jobs, key=lambda j: j.out.numel())
     out = torch.empty_like(job.out, memory_format=torch.contiguous_format)
     return [replace(job, out=out)] * max(1, min(4, limit // max(1, out.numel() * out.element_size())))
 
 
 def _time(launch: Launch) -> float:
-    """The milliseconds of one run, the best of five after one; infinite where it does not fit on the GPU."""
+    """Return the milliseconds of one run, the best of five after a first; infinite where it does not fit on the GPU."""
     try:
         launch.run()
     except triton.OutOfResources:
@@ -390,7 +390,7 @@ def _time(launch: Launch) -> float:
 
 
 def tuning_key(variant: Variant) -> str:
-    """Under which a measured choice is kept: the GPU, Triton and the kind of merge."""
+    """Return the key that a measured choice is kept under: the GPU, Triton's version and the kind of merge."""
     gpu = torch.cuda.get_device_name(variant.device) if variant.device.type == "cuda" else "interpreter"
     parts = [str(value) for name, value in vars(variant).items() if name != "device"]
     return "|".join((gpu, f"triton {triton.__version__}", *parts))

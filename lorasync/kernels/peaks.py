@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def largest(values: Tensor) -> float:
-    """The largest absolute value, or NaN; without a copy of the tensor.
+    """Return the largest absolute value, or NaN; without a copy of the tensor.
 
     Example:
         >>> largest(torch.tensor([1.0, -3.0]))
@@ -31,7 +31,7 @@ def largest(values: Tensor) -> float:
 
 
 class Peaks:
-    """Planned once for tensors of one device and dtype; they must stay where they are.
+    """The largest absolute values of tensors of one device and dtype; planned once, so the tensors must stay where they are.
 
     Raises:
         ValueError: The tensors differ in device or dtype, or are not contiguous.

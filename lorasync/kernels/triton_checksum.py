@@ -65,6 +65,6 @@ def sum_words(table, found, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def mixed(values, places):
-    """A word with the weight of its place; zero stays zero."""
+    """Multiply a word by the weight of its place; zero stays zero."""
     product = (values ^ (values >> 29)) * ((places * 2 + 1) * WEIGHT)
     return product ^ (product >> 32)

@@ -47,7 +47,7 @@ from lorasync.kernels.triton_tiles import (
 
 @triton.jit
 def _leading(x):
-    """The leading 8 bits of an fp32 value, cut off, and the rest; both exact."""
+    """Split an fp32 value into its leading 8 bits and the rest; both are exact."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), x - (bits & -65536).to(
         tl.float32, bitcast=True
@@ -56,7 +56,7 @@ def _leading(x):
 
 @triton.jit
 def _thirds(x):
-    """An fp32 value as the sum of three bf16 values: 8 bits each, 24 together."""
+    """Split an fp32 value into three bf16 values that sum up to it: 8 bits each, 24 together."""
     high, rest = _leading(x)
     middle, rest = _leading(rest)
     low, rest = _leading(rest)
@@ -65,7 +65,7 @@ def _thirds(x):
 
 @triton.jit
 def _parts(x, SPLIT: tl.constexpr):
-    """What takes part in the products: the value itself, or its thirds."""
+    """Return what is multiplied: the value itself, or its thirds."""
     if SPLIT:
         parts = _thirds(x)
     else:
@@ -110,7 +110,7 @@ def _fma_to_odd(a, b, c):
 
 @triton.jit
 def _dora_factors(factor, rm, rn, rows, cols, TRANS: tl.constexpr):
-    """The factor of each output feature as fp32 value and rest, along rows; for fan_in_fan_out columns."""
+    """Load each output feature's factor as fp32 value and rest, along rows; along columns for fan_in_fan_out."""
     if TRANS:
         high = tl.load(factor + 2 * rn, mask=rn < cols, other=0.0)[None, :]
         low = tl.load(factor + 2 * rn + 1, mask=rn < cols, other=0.0)[None, :]
@@ -306,7 +306,7 @@ def mend_rows(
 
 @triton.jit
 def _exact_delta(factors, rm, rn, rows, cols, r, TRANS: tl.constexpr, R_PAD: tl.constexpr, BN: tl.constexpr):
-    """B·A in one row of a tile in fp64."""
+    """Compute B·A in one row of a tile in fp64."""
     total = tl.zeros((1, BN), tl.float64)
     for k in range(0, R_PAD, 16):
         rk = k + tl.arange(0, 16)

@@ -54,7 +54,7 @@ def job_pointer(job, field, dtype):
 
 @triton.jit
 def extent(job, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
-    """Rows, columns and rank, with what is known of their divisors."""
+    """Load rows, columns and rank, and tell the compiler what is known of their divisors."""
     rows, cols, r = tl.load(job + ROWS), tl.load(job + COLS), tl.load(job + RANK)
     if ALIGNED:
         cols = tl.multiple_of(cols, 16)
@@ -65,7 +65,7 @@ def extent(job, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr):
 
 @triton.jit
 def base_source(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.constexpr, ASM: tl.constexpr):
-    """Everything that dequantizing needs: pointers, strides, code table, nested scales."""
+    """Load all that dequantizing needs: pointers, strides, code table, nested scales."""
     scales, code, offset, nested = 0, 0, 0, (0, 0, 0)
     if KIND == 0:
         data = job_pointer(job, BASE, W_TYPE)
@@ -94,7 +94,7 @@ def base_source(job, KIND: tl.constexpr, W_TYPE: tl.constexpr, NESTED: tl.conste
 
 @triton.jit
 def tile_mask(rm, rn, rows, cols, EVEN: tl.constexpr):
-    """The mask of a tile; where every tile is whole a constant, which the compiler drops."""
+    """Return the mask of a tile; where every tile is whole it is a constant, which the compiler drops."""
     if EVEN:
         mask = tl.full((rm.shape[0], rn.shape[0]), 1, tl.int1)
     else:
@@ -104,7 +104,7 @@ def tile_mask(rm, rn, rows, cols, EVEN: tl.constexpr):
 
 @triton.jit
 def plain_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of a plain base, as stored."""
+    """Load a tile of a plain base, as stored."""
     if ALIGNED:
         ptrs = tl.multiple_of(base[0] + rm[:, None] * base[1] + rn[None, :], (1, 16))
     else:
@@ -114,7 +114,7 @@ def plain_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constex
 
 @triton.jit
 def int8_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of a Linear8bitLt weight, dequantized in fp32 in bitsandbytes' order: (q · SCB) · (1/127)."""
+    """Load a tile of a Linear8bitLt weight, dequantized in fp32 in bitsandbytes' order: (q · SCB) · (1/127)."""
     q = plain_tile(base, rm, rn, rows, cols, ALIGNED, EVEN)
     scb = tl.load(base[3] + rm, mask=rm < rows, other=0.0)
     return q.to(tl.int32).to(tl.float32) * scb[:, None] * INV_127
@@ -122,7 +122,7 @@ def int8_tile(base, rm, rn, rows, cols, ALIGNED: tl.constexpr, EVEN: tl.constexp
 
 @triton.jit
 def block_scale(base, index, mask, NESTED: tl.constexpr):
-    """The scale of 4-bit block ``index``; nested: itself 8-bit, code[q] · absmax2 + offset."""
+    """Load the scale of 4-bit block ``index``; a nested one is itself 8-bit: code[q] · absmax2 + offset."""
     if NESTED:
         q = tl.load(base[3] + index, mask=mask, other=0).to(tl.int32)
         outer = tl.load(base[6][0] + index // NESTED_BLOCK, mask=mask, other=0.0)
@@ -137,7 +137,7 @@ def packed_tile_flat(
     base, rm, rows, cols, tile_n, W_TYPE: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a 4-bit base whose quantization blocks lie inside rows: by words of 8, one scale a block."""
+    """Load a tile of a 4-bit base whose quantization blocks lie inside rows: by words of 8 codes, one scale a block."""
     words_in_row = tl.multiple_of(cols // 8, 4)
     start = rm * base[1] + base[5] + tile_n * BN
     column = tl.arange(0, BN // 8)
@@ -177,7 +177,7 @@ def looked_up(code, index, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def code_of_lane(address):
-    """In each thread the value of the 4-bit code that its lane number ends in."""
+    """Return, in each thread, the value of the 4-bit code that the thread's lane number ends in."""
     return tl.inline_asm_elementwise(
         """{
         .reg .u32 lane;
@@ -194,7 +194,7 @@ def code_of_lane(address):
 
 @triton.jit
 def shuffled(words, code_of_lane):
-    """The values of the eight codes in each word, in order: bytes upward, in each the high four bits first.
+    """Return the values of the eight codes in each word, in order: bytes upward, the high four bits of each byte first.
 
     A shuffle among 16 lanes reads only the last four bits of the lane number: no mask is needed.
     """
@@ -225,7 +225,7 @@ def shuffled(words, code_of_lane):
 
 @triton.jit
 def packed_tile(job, base, rm, rn, rows, cols, BLOCK: tl.constexpr, NESTED: tl.constexpr):
-    """A tile of any 4-bit base, element by element."""
+    """Load a tile of any 4-bit base, element by element."""
     mask = tile_mask(rm, rn, rows, cols, False)
     flat = rm[:, None] * base[1] + base[5] + rn[None, :]
     packed = tl.load(base[0] + flat // 2, mask=mask, other=0).to(tl.int32)
@@ -241,7 +241,7 @@ def base_tile(
     EVEN: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of W in the dtype that it is stored in or dequantized to."""
+    """Load a tile of W in the dtype that it is stored in or dequantized to."""
     if KIND == 0:
         w = plain_tile(base, rm, rn, rows, cols, ALIGNED, EVEN)
     elif KIND == 2:
@@ -255,7 +255,7 @@ def base_tile(
 
 @triton.jit
 def factor_source(job, AB_TYPE: tl.constexpr):
-    """Pointer and stride of A, then of B."""
+    """Load pointer and stride of A, then of B."""
     a, b = job_pointer(job, LORA_A, AB_TYPE), job_pointer(job, LORA_B, AB_TYPE)
     return a, tl.load(job + LORA_A_STRIDE), b, tl.load(job + LORA_B_STRIDE)
 
@@ -272,7 +272,7 @@ def left_tile(
     R_ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Rows of the left factor of the delta: of B, or of Aᵀ for fan_in_fan_out."""
+    """Load rows of the left factor of the delta: of B, or of Aᵀ for fan_in_fan_out."""
     if TRANS:
         tile = tl.trans(a_tile(factors, rk, rm, r, rows, ALIGNED, EVEN))
     else:
@@ -292,7 +292,7 @@ def right_tile(
     R_ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Columns of the right factor of the delta: of A, or of Bᵀ for fan_in_fan_out."""
+    """Load columns of the right factor of the delta: of A, or of Bᵀ for fan_in_fan_out."""
     if TRANS:
         tile = tl.trans(b_tile(factors, rn, rk, cols, r, R_ALIGNED, EVEN))
     else:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong, mostly before a byte of a checkpoint is read; each check gives one clear error."""
+"""The checks of `load_quantized`, most of them before a byte of the checkpoint is read; each gives one clear error."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def _wide(factor: Tensor) -> Tensor:
 
 
 def _as_peft_keeps(delta: Tensor, factor: Tensor, *, exact: bool) -> Tensor:
-    """PEFT hands a half-precision delta back where the factors are on a CPU; so do we, unless asked."""
+    """Round a delta to the factors' half precision where PEFT does, which is on a CPU; not if ``exact``."""
     return delta if exact or factor.device.type != "cpu" else delta.to(factor.dtype)
 
 
@@ -303,7 +303,7 @@ def _check_fits(base: Tensor, delta: Tensor) -> None:
 
 
 def _norm(base: Tensor, delta: Tensor, out_dim: int) -> Tensor:
-    """‖W + Δ‖ of each output, computed the way PEFT's DoRA layers compute it."""
+    """Compute ‖W + Δ‖ of each output, the way PEFT's DoRA layers do."""
     if base.ndim > 2:
         norm: Tensor = (base + delta).norm(p=2, dim=tuple(range(1, base.ndim)))
         return norm

@@ -1,4 +1,4 @@
-"""Any low-rank adapter, told by a `LowRank`: the calls that the trainer and the worker share."""
+"""Merging any low-rank adapter, as a `LowRank` describes it: what both the trainer and the worker call."""
 
 from __future__ import annotations
 
@@ -119,9 +119,24 @@ def merge_low_rank(
         assert magnitude is not None, "DoRA without its magnitude"
         flipped = how.kind == "embedding" or (how.kind == "linear" and how.transposed)
         return merge_dora(base, delta, magnitude, norm_base=norm_base, out_dim=int(flipped))
+    return add_low_rank(how, base, delta, exact=exact, reuse=True)
+
+
+def add_low_rank(
+    how: LowRank, base: Tensor, delta: Tensor, *, exact: bool = False, reuse: bool = False
+) -> Tensor:
+    """Add s·B·A to a weight, or a part of it to the same part of the weight, unrounded; not for DoRA.
+
+    Args:
+        how: What kind of layer it is.
+        base: W, or a part of it; it is only read.
+        delta: s·B·A, or the same part of it, from `low_rank_delta`.
+        exact: Skip the rounding that PEFT does on the way.
+        reuse: Write the sum into ``delta``'s memory where its dtype is wide enough.
+    """
     if how.cast_first and not exact and base.device.type == "cpu":
         delta = delta.to(base.dtype)
-    return add_delta(base, delta, reuse=True)
+    return add_delta(base, delta, reuse=reuse)
 
 
 def merge_and_round(

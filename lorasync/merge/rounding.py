@@ -55,7 +55,7 @@ _BLOCK = 1 << 20
 
 
 def _hash_key(seed: int, key: str) -> int:
-    """FNV-1a of seed and key: the same on every machine, unlike `hash`."""
+    """Hash seed and key by FNV-1a: the same on every machine, unlike `hash`."""
     state = 0x811C9DC5
     for byte in f"{seed}:{key}".encode():
         state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
@@ -70,7 +70,7 @@ def _round_block(exact: Tensor, start: int, seed: int) -> Tensor:
 
 
 def _noise(start: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """16 bits of noise for each position from ``start`` on, by murmur3's finalizer of position and seed."""
+    """Make 16 bits of noise for each position from ``start`` on, by murmur3's finalizer of position and seed."""
     bits = torch.arange(start, start + count, device=device, dtype=torch.int64)
     bits = (bits * 0x9E3779B1 + seed) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

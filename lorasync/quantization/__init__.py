@@ -1,4 +1,4 @@
-"""What a base's weights are packed by, and how they are read back.
+"""Finding out what packed a base's weights, and reading them back.
 
 One answer for all who ask: of a tensor, a module or a model in memory (`of_tensor`, `of_module`, `of_model`), of a config
 (`of_config`), of stored tensors (`of_tensors`) and of a folder (`of_folder`). Each asker says which kinds it reads, and

@@ -65,7 +65,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.
 
 
 def _scaled(codes: Tensor, exponents: Tensor) -> Tensor:
-    """Rows of ``(groups, 16)`` bytes, with an exponent a group, as bf16 rows."""
+    """Return rows of ``(groups, 16)`` bytes, with an exponent a group, as bf16 rows."""
     values = _unpack(codes, torch.bfloat16)
     torch.ldexp(values, (exponents.to(torch.int32) - _E8M0_BIAS)[..., None], out=values)
     return values.flatten(-2)
@@ -129,7 +129,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _grid(shape: tuple[int, ...], scale: Tensor) -> Tensor:
-    """The scales in fp32, as one grid a matrix."""
+    """Return the scales in fp32, as one grid a matrix."""
     values = scale.to(torch.float32)
     if scale.dtype == torch.uint8:
         values = (values - _E8M0_BIAS).exp2()
@@ -156,7 +156,7 @@ def _codes(stored: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two E2M1 values a byte, low half first: the last dimension doubles."""
+    """Unpack two E2M1 values a byte, the low half first; the last dimension doubles."""
     table = torch.tensor(_E2M1, dtype=dtype, device=packed.device)
     bytes_ = packed.contiguous().view(torch.uint8)
     halves = torch.stack([table[(bytes_ & 0xF).int()], table[(bytes_ >> 4).int()]], dim=-1)

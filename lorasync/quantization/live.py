@@ -1,4 +1,4 @@
-"""What holds the weights of a model in memory: asked of tensors and modules, for a config may be outdated or absent."""
+"""Finding out how a model in memory holds its weights: by tensors and modules, for a config may be outdated or absent."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def companions(module: nn.Module) -> frozenset[str]:
 
 
 def _declared(model: nn.Module, found: Quantization) -> Quantization:
-    """What the model's quantizer calls itself, where nothing else tells."""
+    """Return what the model's quantizer calls itself, where the tensors alone don't tell."""
     if found.kind != "unknown" or found is UNPACKED_4BIT:
         return found
     for module in model.modules():
@@ -161,7 +161,7 @@ def _float8_class(module: nn.Module) -> str | None:
 
 
 def _odd_class(tensor: Tensor) -> Quantization | None:
-    """A tensor class that computes its values from something else (torchao's, quanto's, sparse and quantized ones)."""
+    """Name the method behind a tensor class that computes its values (torchao's, quanto's, sparse and quantized ones)."""
     kind = type(tensor)
     if tensor.is_quantized or tensor.layout != torch.strided:
         return unknown(

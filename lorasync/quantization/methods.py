@@ -1,4 +1,4 @@
-"""What can hold a base's weights, by the names that people know, and what to do where lorasync can't read them."""
+"""The methods that can pack a base's weights: their names, and what to do where lorasync can't read them."""
 
 from __future__ import annotations
 

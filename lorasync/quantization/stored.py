@@ -1,4 +1,4 @@
-"""What holds the weights of a checkpoint: asked of its config, and of the tensors where the config doesn't say."""
+"""Finding out how a checkpoint holds its weights: by its config, and by its tensors where the config doesn't say."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _codes(name: str, path: str, last: str, dtypes: Mapping[str, str]) -> Quanti
 
 
 def _headers(folder: Path) -> dict[str, str]:
-    """The dtypes of everything that is stored, from the files' headers."""
+    """Read the dtypes of all stored tensors from the files' headers."""
     found: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:

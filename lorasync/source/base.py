@@ -149,7 +149,7 @@ def _dequantize_4bit(tensor: Tensor, state: Any, name: str) -> Tensor:
 
 
 def _dequantize_fp8(module: Any, tensor: Tensor, whole: Whole, name: str) -> Tensor:
-    """In fp32, which holds a code times a scale exactly enough: what is served rounds it once."""
+    """Return an FP8 weight in fp32, which is wide enough for a code times its scale: only the served dtype rounds it."""
     scales = whole(_onloaded(module, "weight_scale_inv"))
     if is_sharded(scales):
         raise UngatheredError(f"{name}: got a shard of its scales. Read it inside lorasync.zero.gathered().")

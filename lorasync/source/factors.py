@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a pass sends, in order; it holds for as long as the model is built the same way."""
+    """What a pass sends, in order; it is valid as long as the model is built the same way."""
 
     adapter: str
     built: Structure
@@ -59,7 +59,7 @@ class _Plan:
 
     @cached_property
     def in_slots(self) -> dict[str, float]:
-        """LoRA slots keep B times its layer's scaling: by how much that makes a tensor larger."""
+        """How much larger each B gets in vLLM's LoRA slots, which keep B times its layer's scaling: at least 1."""
         found = {}
         for name in self.tensors:
             path, _, rest = name.partition(".lora_")
@@ -130,7 +130,7 @@ class FactorSource:
                     yield name, _copy(gathered(plan.tensors[name]))
 
     def lend(self, *, checked: bool = False) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
-        """What iteration yields, for a receiver that reads at once: parameters themselves, and what can't be lent.
+        """Return what iteration yields, for a receiver that reads it before the model changes.
 
         Args:
             checked: `check_fits` has looked at the values a moment ago: they are not looked at twice.
@@ -183,12 +183,12 @@ class FactorSource:
         merges.check(peaks)
 
     def base_state(self) -> object:
-        """Something that equals what it was while nothing was replaced, and no frozen tensor written to, since: `Probe`."""
+        """Return a value that stays equal as long as no frozen tensor is replaced or written to; see `Probe`."""
         plan = self._plan()
         return plan.built, plan.adapter, plan.frozen.state()
 
     def scalings(self) -> dict[str, float]:
-        """Each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
+        """Return each adapted module's s, by the module's name in the PEFT model; nothing is gathered."""
         return dict(self._plan().scalings)
 
     def packed_base(self) -> Iterator[tuple[str, Tensor]]:
@@ -219,7 +219,7 @@ class FactorSource:
         return name
 
     def _checked(self) -> _Plan:
-        """The plan of a pass, whose values are finite: a GPU looks at them while the model's structure is compared."""
+        """Return the plan of a pass, whose values are finite: a GPU checks that while the CPU compares the structure."""
         before = self._planned
         end = before.finite.begin() if before is not None and self.check_finite else None
         plan = self._plan()
@@ -229,7 +229,7 @@ class FactorSource:
         return plan
 
     def _plan(self) -> _Plan:
-        """What there is to send, looked for again if the model is not built as it was."""
+        """Return the plan of a pass; it is made anew if the model was rebuilt since the last pass."""
         before = self._planned
         if before is not None:
             drop_gathered(before.fsdp)
@@ -263,7 +263,7 @@ class FactorSource:
         return self._planned
 
     def _excluded(self, adapter: str) -> Iterator[Tensor]:
-        """What whoever names one adapter leaves out on purpose: the others."""
+        """Yield the tensors of the other adapters, where the user has named one: leaving them out is on purpose."""
         for other in configs(self.model) if self.adapter is not None else ():
             if other != adapter:
                 yield from picked(self.model, other).values()

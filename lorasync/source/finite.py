@@ -1,4 +1,4 @@
-"""NaN and Inf are refused before the first tensor is yielded, all names at once."""
+"""Refusing NaN and Inf before the first tensor is yielded, with all names at once."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class FiniteCheck:
             _refuse([name for name, peak in zip(self._names, peaks, strict=True) if not math.isfinite(peak)])
 
     def _look_at_changed(self, locals_: list[Tensor], is_trained: list[bool]) -> None:
-        """Of the frozen tensors at those that were replaced, written to or moved since they were looked at."""
+        """Look at the frozen tensors that were replaced, written to or moved since the last look."""
         with torch._C.DisableTorchFunctionSubclass():
             states = list(
                 zip(map(id, self._tensors), map(_VERSION, locals_), addresses(locals_), strict=True)
@@ -113,7 +113,7 @@ class FiniteCheck:
                 self._states[index] = states[index]
 
     def _look_at(self, tensors: list[Tensor]) -> Callable[[], list[float]]:
-        """One launch and one wait for all that lie on one GPU: a wait for each takes longer than the merge."""
+        """Look at tensors; those of one GPU in one launch with one wait, for a wait each takes longer than the merge."""
         lie = addresses(tensors)
         if lie != self._lie:
             self._lie, (self._scans, self._alone) = lie, _scans(tensors)
@@ -144,7 +144,7 @@ def inputs_of(slot: Slot) -> list[Input]:
 
 
 def _scans(tensors: list[Tensor]) -> tuple[list[tuple[list[int], Peaks]], list[int]]:
-    """Which tensors are looked at together, and which one by one."""
+    """Sort tensors into groups that one launch scans, and those that are scanned one by one."""
     alone: list[int] = []
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -176,7 +176,7 @@ def refuse(bad: list[str], why: str) -> NoReturn:
 
 
 def _everywhere(peaks: list[float]) -> list[float]:
-    """The largest peak of any rank, NaN and Inf included."""
+    """Return the largest peak over all ranks, NaN and Inf included."""
     mine = [math.inf if math.isnan(p) else p for p in peaks]
     device = (
         torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Whether what finite tensors become stays within the range of the served dtype: said before anything is sent."""
+"""Checking, before anything is sent, that what finite tensors are merged to stays within the range of the served dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Fit:
-    """Whether one tensor can leave the served dtype although what it is made of is finite.
+    """One tensor that may leave the range of the served dtype although all that it is made of is finite.
 
     Where a bound of |W + s·B·A| does not exclude it, the tensor is made once to see.
     """
@@ -91,7 +91,7 @@ def refuse_range(bad: Sequence[tuple[str, torch.dtype]]) -> None:
 
 
 class Merges:
-    """What a receiver makes of factors: whether its weights stay in their dtype's range.
+    """Checks the weights that a receiver merges from factors: they must stay within their dtype's range.
 
     Args:
         slots: The weights of the model.
@@ -130,7 +130,7 @@ class Merges:
 
 
 def _term(slot: Slot, step: Any) -> tuple[list[str], float]:
-    """What a step adds at most: a factor times the product of the largest values of these inputs."""
+    """Return what bounds a step's update: a factor, and the inputs whose largest values it is multiplied by."""
     names = [part_name(slot, step.adapter, i) for i in range(len(step.params))]
     scaling = abs(float(getattr(step.layer, "scaling", {}).get(step.adapter, 1.0)))
     if len(names) == 1:

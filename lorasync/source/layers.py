@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.lora.layer import ParamWrapper, _ConvNd
@@ -18,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorasync.errors import Mismatch, MismatchError, UnmergeableError
-from lorasync.merge import LowRank, merge_low_rank, replace_rows
+from lorasync.merge import LowRank
+from lorasync.merge.edits import Added, LowRankUpdate, Rows
 from lorasync.source.model import transparent
 from lorasync.zero import can_be_sharded
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lorasync.merge.edits import Edit
     from lorasync.source.trained import Adapters
     from lorasync.zero.whole import Whole
 
@@ -47,15 +48,14 @@ _NEVER = {
 class Step:
     """One adapter's effect on one weight.
 
-    ``apply`` takes the weight so far, the untouched one, whether to skip the roundings that PEFT does, and
-    where to look up gathered parameters.
-    ``how`` is set for a low-rank merge, ``rows`` for trained tokens; a step without either adds to a bias.
+    ``edit`` makes the edit out of the parameters, given where to look up gathered ones. ``how`` is set for a low-rank
+    merge, ``rows`` for trained tokens; a step without either adds to a bias.
     """
 
     layer: BaseTunerLayer
     adapter: str
     params: tuple[Tensor, ...]
-    apply: Callable[[Tensor, Tensor, bool, Whole], Tensor]
+    edit: Callable[[Whole], Edit]
     how: LowRank | None = None
     rows: tuple[int, ...] = ()
 
@@ -120,7 +120,7 @@ def refuse(layer: Any, adapter: str, name: str, reason: str | None = None) -> No
 
 
 def _computed(layer: Any, adapter: str) -> str | None:
-    """Why a weight, or a factor, is no parameter that could be read: PyTorch computes it at each use."""
+    """Return the reason if PyTorch computes this weight, or a factor, at each use, so that there is no parameter to read."""
     _, inner = chain_of(layer)
     weight = _weight_name(layer)
     held = inner._parameters.keys() | inner._buffers.keys()
@@ -209,31 +209,18 @@ def low_rank_step(layer: Any, adapter: str, *, cast_first: bool = False) -> Step
     if how.dora:
         params = (*params, layer.lora_magnitude_vector[adapter].weight)
 
-    def apply(weight: Tensor, base: Tensor, exact: bool, whole: Whole) -> Tensor:
-        return merge_low_rank(how, weight, *map(whole, params), norm_base=base, exact=exact)
-
-    return Step(layer, adapter, params, apply, how=how)
+    return Step(layer, adapter, params, lambda whole: LowRankUpdate(how, *map(whole, params)), how=how)
 
 
 def _bias(layer: Any, adapter: str) -> Step:
     added = layer.lora_B[adapter].bias
-
-    def apply(bias: Tensor, _: Tensor, exact: bool, whole: Whole) -> Tensor:  # noqa: ARG001
-        with torch.no_grad():
-            merged: Tensor = bias + (whole(added) * layer.scaling[adapter]).to(bias.device)
-        return merged
-
-    return Step(layer, adapter, (added,), apply)
+    return Step(layer, adapter, (added,), lambda whole: Added(whole(added), layer.scaling[adapter]))
 
 
 def _rows(layer: Any, adapter: str) -> Step:
     rows = layer.trainable_tokens_delta[adapter]
     indices = tuple(int(index) for index in layer.token_indices[adapter])
-
-    def apply(weight: Tensor, _: Tensor, exact: bool, whole: Whole) -> Tensor:  # noqa: ARG001
-        return replace_rows(weight, indices, whole(rows))
-
-    return Step(layer, adapter, (rows,), apply, rows=indices)
+    return Step(layer, adapter, (rows,), lambda whole: Rows(indices, whole(rows)), rows=indices)
 
 
 def _dora_adapters(layer: Any) -> list[str]:

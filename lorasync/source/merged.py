@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Block:
-    """What is gathered at once: a decoder layer."""
+    """Groups whose parameters are gathered together: those of a decoder layer."""
 
     groups: list[Group]
     params: list[Tensor]
@@ -40,7 +40,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything about a pass but the values; it holds for as long as the model is built the same way."""
+    """Everything about a pass but the values; it is valid as long as the model is built the same way."""
 
     settings: tuple[Any, ...]
     built: Structure
@@ -55,7 +55,7 @@ class _Plan:
 
     @property
     def groups(self) -> Iterator[Group]:
-        """All that is yielded together, in order."""
+        """The groups of all blocks, in order."""
         return (group for block in self.blocks for group in block.groups)
 
 
@@ -144,7 +144,7 @@ class MergedSource:
                     yield from self._converted(group, plan.stored, gathered, scratch)
 
     def lend(self) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
-        """What iteration yields, for a receiver that reads at once.
+        """Return what iteration yields, for a receiver that reads it before the model changes.
 
         First what it may read from the model: low-rank merges of linear weights as `PendingMerge`, weights that need
         no work as `Held`. Then a stream of what had to be made.
@@ -172,7 +172,7 @@ class MergedSource:
                 yield from self._converted(group, plan.stored, AS_HELD, scratch)
 
     def _lend(self, group: Group, found: dict[str, Slot]) -> Held | PendingMerge | None:
-        """What stands for a group without work on it; None where there is some."""
+        """Return what can be lent for a group: a pending merge, or the parameter itself; None where neither will do."""
         slot, dtype = found[group.members[0]], group.outputs[0][1]
         if not group.renamed or not isinstance(self.rounding, Nearest):
             return None
@@ -215,7 +215,7 @@ class MergedSource:
         return plan
 
     def _plan(self) -> _Plan:
-        """The plan of a pass, made anew if the model is not built as it was."""
+        """Return the plan of a pass; it is made anew if the model was rebuilt or a setting changed since the last pass."""
         settings, before = (self.adapter, self.dtype, self.untie, self.exclude), self._planned
         if before is not None:
             drop_gathered(before.fsdp)
@@ -246,7 +246,7 @@ class MergedSource:
         return self._planned
 
     def _served(self, everything: list[Slot]) -> tuple[dict[str, Slot], list[Group]]:
-        """What is streamed: what the checkpoint stores, less what is excluded."""
+        """Return the slots that are streamed, and their groups: what the checkpoint stores, without what is excluded."""
         stored = self._stored(everything)
         everything_stored = self._groups(stored)
         groups = without(everything_stored, self.exclude)
@@ -255,7 +255,7 @@ class MergedSource:
         return {name: slot for name, slot in stored.items() if name in members}, groups
 
     def _stored(self, everything: list[Slot]) -> dict[str, Slot]:
-        """What the checkpoint stores: without tied aliases and what transformers never saves."""
+        """Return the slots that a checkpoint stores: no tied aliases, and nothing that transformers never saves."""
         base = base_of(self.model)
         ignored = getattr(base, "_keys_to_ignore_on_save", None) or ()
         kept = untied(base, everything, untie=self.untie)
@@ -308,7 +308,7 @@ def _blocks(groups: Iterable[Group], found: dict[str, Slot]) -> Iterator[_Block]
 
 
 def _own(tensor: Tensor, held: set[int]) -> Tensor:
-    """A contiguous tensor that shares no memory with the training model."""
+    """Return a contiguous tensor that shares no memory with the training model."""
     tensor = tensor.detach().contiguous()
     return tensor.clone() if _storage(tensor) in held else tensor
 

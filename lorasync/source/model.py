@@ -123,7 +123,7 @@ def _peeled_inside(module: nn.Module) -> nn.Module:
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """What PEFT wraps."""
+    """Return the model that PEFT wraps."""
     held: Any = model
     if isinstance(model, PeftModel | PeftMixedModel):
         held = held.base_model
@@ -157,7 +157,7 @@ def _inner(model: Any) -> Any:
 
 
 def _of_object(model: Any) -> Any:
-    """The one module that an object (an engine, an actor) holds; of several, the one with adapters."""
+    """Return the one module that an object (an engine, an actor) holds; of several modules, the one with adapters."""
     held = getattr(model, "__dict__", {})
     if isinstance(held.get("module"), nn.Module):
         return held["module"]
@@ -186,7 +186,7 @@ def _holds_all(part: nn.Module, root: nn.Module) -> bool:
 
 
 def _outermost(root: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
-    """The adapted modules of these kinds that lie in no other, each once."""
+    """Return the modules of these kinds that lie in no other module of these kinds, each once."""
     found: dict[int, tuple[str, nn.Module]] = {}
     stack = [("", root)]
     while stack:

@@ -1,4 +1,4 @@
-"""The tensors of one adapter under the names of PEFT's checkpoint, picked by module: an adapter's name may be any word."""
+"""Picking one adapter's tensors, under the names of PEFT's checkpoint; by module, for an adapter's name may be any word."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _of_layer(layer: BaseTunerLayer, adapter: str, start: str) -> Iterator[tuple
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters and persistent buffers, without the names of wrappers."""
+    """Return a module's parameters and persistent buffers by their names, without the segments that wrappers add."""
     for path, each in named(module):
         start = f"{path}." if path else ""
         yield from ((start + name, p) for name, p in each._parameters.items() if p is not None)
@@ -65,7 +65,7 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _biases(base: nn.Module, adapter: str, *, everywhere: bool) -> Iterator[tuple[str, Tensor]]:
-    """Biases of the base that are trained along with the adapter."""
+    """Yield the biases of the base that are trained along with the adapter."""
     modules = list(named(base))
     wrappers = [m for _, m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
     copies = {id(param) for wrapper in wrappers for param in wrapper.parameters()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorasync.errors import AdapterError, Mismatch, MismatchError
 from lorasync.kernels import PendingMerge
 from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, merge_and_round
+from lorasync.merge.edits import edited
 from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
 from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
@@ -120,17 +121,14 @@ class Slot:
 
     def exact(self, whole: Whole = AS_HELD, *, as_peft: bool = False) -> Tensor:
         """Merge without the last rounding; ``as_peft`` keeps the roundings that PEFT does on the way."""
-        base = weight = self.base(whole)
+        base = self.base(whole)
         if self.general is not None:
             return self.general.run(base, self.attr, whole)
         between = as_peft and self.packing == "plain"
         if not as_peft:
-            base = weight = base.to(torch.promote_types(base.dtype, torch.float32))
-        for index, step in enumerate(self.steps):
-            if index and between:
-                weight = weight.to(base.dtype)
-            weight = step.apply(weight, base, not as_peft, whole)
-        return weight
+            base = base.to(torch.promote_types(base.dtype, torch.float32))
+        edits = (step.edit(whole) for step in self.steps)
+        return edited(base, edits, exact=not as_peft, round_between=between)
 
 
 def blocks(names: list[str]) -> Iterator[list[str]]:
@@ -140,7 +138,7 @@ def blocks(names: list[str]) -> Iterator[list[str]]:
 
 
 def _layer(name: str) -> tuple[str, ...]:
-    """The path up to its first number (`model.layers.3`), or the whole name where there is none."""
+    """Return a name's path up to its first number (`model.layers.3`), or the whole name where it has no number."""
     path = name.split(".")
     numbers = [index for index, segment in enumerate(path) if segment.isdigit()]
     return tuple(path[: numbers[0] + 1] if numbers else path)
@@ -169,7 +167,7 @@ def slots(base: nn.Module, adapters: Adapters) -> list[Slot]:
 
 
 def _misfits(slot: Slot, step: layers.Step) -> Iterator[Mismatch]:
-    """What is wrong with the shapes of one step; nothing is gathered."""
+    """Yield what is wrong with the shapes of one step; nothing is gathered."""
     if step.how is None:
         return
     a, b = (tuple(full_shape(param)) for param in step.params[:2])
@@ -233,7 +231,7 @@ class _Walk:
                 yield Slot(slot.name, dtype, shape, module, attr, steps)
 
     def _live(self, wrapper: Any, prefix: str) -> nn.Module:
-        """The module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
+        """Return the module that a wrapper runs: the saved copy of the wanted adapter, or the original."""
         if not isinstance(wrapper, ModulesToSaveWrapper):
             adapter: nn.Module = wrapper.token_adapter
             return adapter
@@ -257,7 +255,7 @@ def _general(slot: Slot, merged: list[tuple[Any, str]]) -> Slot:
 
 
 def _packed_dtype(base: nn.Module) -> torch.dtype:
-    """What 8-bit weights (INT8, FP8) are served as: the dtype that the model was loaded in."""
+    """Return the dtype that 8-bit weights (INT8, FP8) are served as: the one that the model was loaded in."""
     dtype = getattr(getattr(base, "config", None), "dtype", None)
     if isinstance(dtype, str):  # as save_pretrained leaves it behind
         dtype = getattr(torch, dtype, None)

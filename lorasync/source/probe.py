@@ -1,4 +1,4 @@
-"""Whether frozen tensors are still what they were, asked at each push of factors: so it has to be cheap."""
+"""Noticing, at each push of factors and so at little cost, that a frozen tensor was replaced or written to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ELEMENTS = 4
 
 
 class Probe:
-    """A few elements of each tensor, where it lies, and how often torch has seen it written to.
+    """Reads of each tensor a few elements, its address, and torch's count of the writes to it.
 
     What is written through ``.data`` (PEFT's `merge_adapter` does) bumps no version: it shows in the elements, if it changes
     most of a tensor. Of shards only versions are asked.
@@ -47,7 +47,7 @@ class Probe:
             self._views = self._elements()
 
     def state(self) -> object:
-        """Something that equals what it was if nothing has changed that shows."""
+        """Return a value that equals the one of an earlier call unless a tensor was visibly changed in between."""
         with torch._C.DisableTorchFunctionSubclass():
             lie = addresses(self._whole)
             if lie != self._lie:  # other memory
@@ -56,7 +56,7 @@ class Probe:
             return list(map(_VERSION, self._tensors)), lie, seen
 
     def _elements(self) -> list[list[Tensor]]:
-        """Views of single elements, those of one dtype and device together: read in a few launches and one wait."""
+        """Return views of single elements, grouped by dtype and device, so that few launches and one wait read them."""
         found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for index, tensor in enumerate(self._whole):
             flat = tensor.detach().view(-1)

@@ -1,4 +1,4 @@
-"""The scaling of each layer, and the one that its adapter's config stands for: who serves the config serves that one."""
+"""Comparing each layer's scaling with what its adapter's config says, which is what LoRA slots scale by."""
 
 from __future__ import annotations
 

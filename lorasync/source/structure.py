@@ -1,4 +1,4 @@
-"""Whether a model is still built as it was when a plan of it was made."""
+"""Noticing that a model is no longer built as it was when a plan of it was made."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Structure:
         return list(map(dict.get, self._holders, self._names))
 
     def _now(self, params: list[Any]) -> list[Any]:
-        """Hundreds of parameters and layers, at each push: loops without Python in them."""
+        """Return what `holds` compares. There are hundreds of parameters and layers at each push, so the loops run in C."""
         found: list[Any] = [can_be_sharded(param) for param in params[:1]]
         # Without it bitsandbytes' packed parameters answer through Python.
         with torch._C.DisableTorchFunctionSubclass():
@@ -85,7 +85,7 @@ class Structure:
 
 
 class _Changes:
-    """How many modules and parameters were registered with the modules of one model since it was looked at."""
+    """Counts the modules and parameters that were registered with one model's modules since this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.count = 0

@@ -139,7 +139,7 @@ def _same_step(one: layers.Step, other: layers.Step) -> bool:
 
 
 def _as_linear(step: layers.Step, gathered: Whole) -> tuple[Tensor, Tensor]:
-    """A and B such that the weight itself gets s·B·A: an embedding holds them the other way round."""
+    """Return A and B such that the weight gets s·B·A; for an embedding both are swapped and transposed."""
     a, b = map(gathered, step.params)
     embedding: Any = getattr(step.layer, "lora_embedding_A", {})
     return (b.T, a.T) if step.adapter in embedding else (a, b)

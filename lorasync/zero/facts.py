@@ -1,4 +1,4 @@
-"""What the guard knows about a model: read from a live one, an engine, or a plan, into the same few facts."""
+"""The few facts about a model that the guard judges by, read from a live model, an engine or a plan."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ZeroPlan:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What of a model matters to the guard; names are of modules, dtypes are torch's."""
+    """The facts about a model that the guard judges by; names are of modules, dtypes are torch's."""
 
     subject: str
     bits: int | None = None

@@ -100,7 +100,7 @@ class ZeroReport:
 
     @property
     def exit_code(self) -> int:
-        """For scripts: 0 at most notes, 1 errors, 3 warnings only (2 is left to wrong usage)."""
+        """What scripts exit with: 0 for notes at most, 1 for errors, 3 for warnings only (2 is left to wrong usage)."""
         if self.errors:
             return 1
         return 3 if self.warnings else 0

@@ -1,4 +1,4 @@
-"""``zero_optimization`` as DeepSpeed takes it: every field by its own name, whichever of its names was written."""
+"""``zero_optimization`` as DeepSpeed reads it: every field under its own name, whichever alias was written."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _said(error: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed's warnings about a config belong to the run, not to each reading of it."""
+    """Silence DeepSpeed's warnings about a config: they belong to the run, not to each time that we read it."""
     logger = logging.getLogger("DeepSpeed")
     was, logger.disabled = logger.disabled, True
     try:

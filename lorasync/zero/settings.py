@@ -28,7 +28,7 @@ class Fsdp2:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a training config matters to the guard.
+    """The settings of a training config that the guard judges by.
 
     ``engine_dtype`` is None where the config says "auto" and nobody has resolved it yet. ``raw`` is the
     DeepSpeed config as it was given, which is not compared: configs that say the same under other names are equal.

@@ -18,7 +18,7 @@ _INTEGERS_SHARDED = "2.13"  # torch, FSDP2: run by tests/test_source_ranks.py
 
 
 def storage_cast(case: Case) -> Iterator[Finding]:
-    """Packed 4-bit weights in a float tensor of another dtype than the engine's are cast like weights."""
+    """DeepSpeed casts packed 4-bit weights like any float parameter, if a float dtype other than the engine's holds them."""
     engine = case.config.engine_dtype
     if case.config.framework != "deepspeed" or case.model.initialized or engine in (None, torch.float32):
         return
@@ -81,7 +81,7 @@ def avx512_trap(case: Case) -> Iterator[Finding]:
 
 
 def unread_base(case: Case) -> Iterator[Finding]:
-    """What holds for bitsandbytes' packed weights is known; of any other method nothing is."""
+    """The rules know how ZeRO treats weights that bitsandbytes packed; they know nothing of any other method."""
     if case.model.unread:
         yield Finding(
             "unread-base",

@@ -22,7 +22,7 @@ _MOVE_8BIT_SINCE = "0.48.0"  # bitsandbytes, asked for by transformers 5
 
 
 def ignored_keys(case: Case) -> Iterator[Finding]:
-    """What DeepSpeed doesn't know it ignores; a key that is a known one misspelt is refused before any rule."""
+    """DeepSpeed ignores keys that it doesn't know; misspelt keys are refused before any rule is asked."""
     for unknown in case.config.ignored:
         yield Finding(
             "ignored-key",
@@ -35,7 +35,7 @@ def ignored_keys(case: Case) -> Iterator[Finding]:
 
 
 def auto_precision(case: Case) -> Iterator[Finding]:
-    """A precision of "auto" leaves the most important question open."""
+    """With a precision of "auto" the engine's dtype is not known yet."""
     if case.config.engine_dtype is None:
         yield Finding(
             "auto-precision",
@@ -48,7 +48,7 @@ def auto_precision(case: Case) -> Iterator[Finding]:
 
 
 def old_stack(case: Case) -> Iterator[Finding]:
-    """Combinations that fail on older releases, and work on newer ones."""
+    """Some combinations fail on older releases of the libraries, and work on newer ones."""
     if not case.model.quantized or case.config.framework != "deepspeed" or case.model.initialized:
         return
     bare = not case.model.wrapped  # in a PeftModel nobody calls the inner model's own to() or half()
