@@ -51,10 +51,10 @@ def async_llm(path: str, **settings: Any) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    settings = {"weight_transfer_config": {"backend": "lorasync"}, **settings}
     arguments = AsyncEngineArgs(
-        model=path, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0,
-        weight_transfer_config={"backend": "lorasync"}, **settings,
-    )  # fmt: skip
+        model=path, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=8, seed=0, **settings
+    )
     return AsyncLLM.from_engine_args(arguments)
 
 

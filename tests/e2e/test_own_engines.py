@@ -26,8 +26,8 @@ def test_every_rank_s_engine_serves_what_was_trained_or_none_takes_the_push(trai
     base = models.save(models.tiny_llama(vocab_size=49152), tmp_path / "base", tokenizer=smollm2)
     run_two(SCRIPT, trainer, str(tp), base, str(tmp_path), logs=tmp_path, limit=500)
     outcomes = [json.loads((tmp_path / f"outcome{rank}.json").read_text()) for rank in range(2)]
+    expected = fresh(base, tmp_path / "trained.pt", tmp_path / "merged")
     for strategy in ("adapter", "factors", "merged"):
-        expected = fresh(base, tmp_path / f"{strategy}.pt", tmp_path / f"{strategy}-merged")
         for rank, found in enumerate(outcomes):
             check_alike([(tuple(ids), tuple(logprobs)) for ids, logprobs in found[strategy]], expected)
             assert found[strategy] != found["base"]
