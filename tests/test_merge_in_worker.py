@@ -137,10 +137,10 @@ def test_going_back_and_a_push_that_fails_leave_base_and_one_adapter(llama, tmp_
             model.load_weights = lambda weights: working(list(weights)[1:])
             with pytest.raises(MismatchError, match="not loaded as the load plan says"):
                 sync.send_weights()
-            assert worker.engine.closed  # the served version could not be loaded again either
+            assert worker.engine.conversation.closed  # the served version could not be loaded again either
             model.load_weights = working
             sync.send_weights()
-        assert not worker.engine.closed
+        assert not worker.engine.conversation.closed
         found = served.everything(model)
     assert different(found, fresh(merged_on_disk(narrow, tmp_path / "merged"))) == []
 
