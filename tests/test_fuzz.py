@@ -49,7 +49,9 @@ def staging():
 def test_payloads_in_the_call_are_refused_whole_or_as_announced(seed):
     bad = fuzz.mutated(GOOD, random.Random(seed))
     with contextlib.suppress(LorasyncError):
-        _staged(inline.Receiver().take({}, bad, wire.digest(wire.unpack(bad))))  # its digest is not what refuses
+        _staged(
+            inline.Receiver().take({}, bad, wire.digest(wire.unpack(bad)))
+        )  # its digest is not what refuses
 
 
 def _staged(received: Any) -> None:
@@ -93,7 +95,10 @@ def test_files_that_something_has_happened_to_are_refused(shared, seed):
     parcel = sender.put(TENSORS)
     file = Path(sender.offer()["folder"]) / parcel.fields["file"]
     good = file.read_bytes()
-    ends = [at + t.nbytes for (_, _, _, at), t in zip(json.loads(parcel.fields["layout"]), TENSORS.values(), strict=True)]
+    ends = [
+        at + t.nbytes
+        for (_, _, _, at), t in zip(json.loads(parcel.fields["layout"]), TENSORS.values(), strict=True)
+    ]
     with file.open("r+b") as opened:
         bad = fuzz.mutated_bytes(good, chance)
         opened.write(bad)
@@ -143,7 +148,9 @@ def test_answers(seed):
     chance = random.Random(seed)
     introduction = wire.Introduction(refused={"inline": ""}, dtypes={"weights": "float32"}, notes=("a",))
     error = wire.error_as_dict(MismatchError("x", [Mismatch("w", "1", "2", "Fix it.")]))
-    good = wire.Answer(ok=False, rank=0, workers=1, version=1, error=error, introduction=introduction).to_dict()
+    good = wire.Answer(
+        ok=False, rank=0, workers=1, version=1, error=error, introduction=introduction
+    ).to_dict()
     bad = fuzz.changed_message(good, chance)
     if isinstance(bad, dict) and chance.random() < 0.5:
         part = chance.choice(("introduction", "error"))
