@@ -2,7 +2,7 @@
 
 ``python -m tests.e2e.fuzz_receiver STRATEGY FIRST_SEED COUNT BASE OUT``
 
-Every message is refused with an error of ours, and then nothing of it is kept; or it was what had been announced.
+Every message is answered: refused with an error of ours, and then nothing of it is kept; or it was what had been announced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,26 @@ from typing import Any
 import torch
 
 import lorasync as ls
-from lorasync import base_check, wire
+from lorasync import base_check, errors, wire
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
-from lorasync.push.answers import raise_failed
-from lorasync.push.strategies import apply_message
+from lorasync.push.answers import read_answers
 from lorasync.receive.staging import parsed
 from lorasync.source import FactorSpec
+from lorasync.transport import shared_memory
 from tests import fuzz, models
 from tests.e2e.engines import greedy, running_llm
 from tests.e2e.growth import held_by
 
-KINDS = {"inline": 50, "file": 15, "update": 15, "control": 10, "text": 10, "hello": 0.1}
+KINDS = {"inline": 50, "file": 15, "bucket": 15, "control": 10, "text": 10, "hello": 0.1}
 """How often each is sent; a handshake is dear, as the worker builds its model once more on the meta device."""
+
+
+class Outside:
+    """The engine as somebody else reaches it: tensors are not handed over, though it is in this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self.collective_rpc, self.reset_prefix_cache = llm.collective_rpc, llm.reset_prefix_cache
 
 
 @dataclass
@@ -44,7 +51,6 @@ class Receiver:
     llm: Any
     source: Any
     sync: Any
-    folder: Path
     refused: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     foreign: dict[str, int] = field(default_factory=dict)
@@ -53,22 +59,38 @@ class Receiver:
     def __post_init__(self) -> None:
         core = self.llm.llm_engine.engine_core.engine_core
         self.engine = core.model_executor.driver_worker.worker.weight_transfer_engine
+        self.conversation = self.engine.conversation
         self.announced = {m.name: (m.dtype, tuple(m.shape)) for m in self.source.metadata()}
-        self.good = wire.pack(dict(_small(self.source)))
-        self.update = {
-            "op": "bucket", "session": self.engine._session, "version": 2, "call": 0, "payload": b"", "path": "",
-            "digest": wire.digest(wire.unpack(self.good)),
-        }  # fmt: skip
-        self.control = {
-            "op": "stage", "protocol": wire.PROTOCOL, "lorasync": "0", "session": self.engine._session, "call": 0,
-            "mailbox": "", "bucket": self.update | {"payload": self.good}, "in_flight": [1], "expected": 1,
-        }  # fmt: skip
-        self.handshake = self.control | {
-            "op": "hello", "mailbox": str(self.folder), "bucket": None,
-            "apply": apply_message(self.sync.apply, self.source),
-            "manifest": wire.manifest_as_text((n, *how) for n, how in self.announced.items()),
-        }  # fmt: skip
+        small = dict(_small(self.source))
+        self.good, self.digest = wire.pack(small), wire.digest(small)
+        self._messages(small)
         self.texts = self._texts()
+
+    def _messages(self, small: dict[str, torch.Tensor]) -> None:
+        session, post = self.conversation.session, self.sync._engines.post
+        self.offers = post.offers(hands_over=False)
+        self.folder = Path(self.offers["shared_memory"]["folder"])
+        self.parcel = post._senders["shared_memory"].put(small)
+        self.file = (self.folder / self.parcel.fields["file"]).read_bytes()
+        self.bucket = wire.BucketMessage(
+            session=session, version=2, kind="bucket", transport="inline", digest=self.digest
+        ).to_dict()
+        self.controls = [
+            message.to_dict()
+            for message in (
+                wire.Collect(session=session),
+                wire.Abort(session=session),
+                wire.Status(session=session),
+                wire.Commit(session=session, version=2, expected=99, digest=self.digest, in_flight=(1,)),
+                wire.Rollback(session=session, version=0, expected=99, in_flight=(1,)),
+            )
+        ]
+        self.handshake = wire.Hello(
+            session=session,
+            strategy=self.sync._strategy.handshake(self.source),
+            manifest=wire.manifest_as_text((n, *how) for n, how in self.announced.items()),
+            offers=self.offers,
+        ).to_dict()
 
     def _texts(self) -> dict[str, tuple[str, Callable[[str], Any]]]:
         texts: dict[str, Any] = {"manifest": (self.handshake["manifest"], wire.manifest_from_text)}
@@ -78,60 +100,76 @@ class Receiver:
             texts["samples"] = (samples, base_check.from_json)
         return texts
 
-    def payload(self, chance: random.Random, *, in_file: bool) -> None:
+    def inline(self, chance: random.Random) -> None:
         bad = fuzz.mutated(self.good, chance)
-        message = {**self.update, "digest": self._digest(bad, chance)}
-        if in_file:
-            (self.folder / "x.safetensors").write_bytes(bad)
-            message["path"] = "x.safetensors"
-        else:
-            message["payload"] = bad
-        self.update_message(message)
+        self.ask({**self.bucket, "digest": self._digest(lambda: wire.unpack(bad), chance)}, bad)
 
-    def _digest(self, bad: bytes, chance: random.Random) -> str:
+    def in_file(self, chance: random.Random) -> None:
+        """A file with other bytes than were written, or another layout of it."""
+        fields = dict(self.parcel.fields)
+        if chance.random() < 0.4:
+            fields["file"] = "x.bucket"
+            (self.folder / "x.bucket").write_bytes(fuzz.mutated_bytes(self.file, chance))
+        elif chance.random() < 0.8:
+            fields["layout"] = fuzz.changed_text(fields["layout"], chance)
+        else:
+            fields = fuzz.changed_message(fields, chance)
+        message = {**self.bucket, "transport": "shared_memory", "fields": fields}
+        self.ask({**message, "digest": self._digest(lambda: self._read(fields), chance)})
+
+    def _read(self, fields: Any) -> Mapping[str, Any]:
+        """What a worker would read that looks at no digest."""
+        reader = shared_memory.Receiver()
+        reader.refuses(self.offers["shared_memory"])
+        with fuzz.any_digest():
+            return reader.take(fields, b"", "")
+
+    def _digest(self, read: Callable[[], Mapping[str, Any]], chance: random.Random) -> str:
         """A digest that fits, so that the digest is not what refuses; but live weights must not be changed by it."""
-        with contextlib.suppress(LorasyncError):
-            tensors = wire.unpack(bad)
+        with contextlib.suppress(LorasyncError, AttributeError, TypeError):  # fields of other types, too
+            tensors = read()
             as_announced = all(self.announced.get(n) == (t.dtype, tuple(t.shape)) for n, t in tensors.items())
             if chance.random() < 0.8 and not (as_announced and isinstance(self.source, ls.MergedSource)):
                 return wire.digest(tensors)
-        return str(self.update["digest"])
+        return self.digest
 
-    def update_message(self, message: Any) -> None:
-        self.engine.receive_weights(self.engine.parse_update_info(message))
-        self._raise_refused()
+    def ask(self, message: Any, payload: Any = b"") -> None:
+        """Send a message; what is staged in the background is waited for."""
+        answer = self.engine(message, payload)
+        while answer["pending"]:
+            answer = self.engine(self.controls[0])
+        if answer["error"] is not None:
+            kind = getattr(errors, answer["error"]["type"], None)
+            if not (isinstance(kind, type) and issubclass(kind, LorasyncError)):
+                raise RuntimeError(f"{answer['error']['type']}: {answer['error']['message']}")
+        read_answers([json.loads(json.dumps(answer))], expected=1)
 
-    def _raise_refused(self) -> None:
-        """A refusal is an answer in the trainer's folder, under the number of the call."""
-        box = self.sync._engines.sessions[0]._mailbox
-        for call in list(box._replies):
-            raise_failed(box.collect(call))
-
-    def control_message(self, message: Any) -> None:
-        control = self.engine.parse_init_info(message)
-        if control.op not in ("hello", "commit", "rollback", "goodbye"):
-            self.engine.init_transfer_engine(control)
-            self._raise_refused()
+    def control(self, chance: random.Random) -> None:
+        """What would be taken as it is asks for something that is not to be had: nothing is to change."""
+        message = fuzz.changed_message(chance.choice(self.controls), chance)
+        if isinstance(message, dict) and "expected" in message:
+            message["expected"] = 99
+        self.ask(message)
 
     def hello(self, chance: random.Random) -> None:
         """A handshake that says something else; one that is taken is followed by the good one."""
-        part = chance.choice(("apply", "manifest"))
-        good = str(self.handshake[part])
-        bad = _changed_inside(good, chance) if part == "apply" else fuzz.changed_text(good, chance)
-        self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake | {part: bad}))
-        self._raise_refused()
-        self.engine.init_transfer_engine(self.engine.parse_init_info(self.handshake))
+        part = chance.choice(("strategy", "manifest", "offers"))
+        good = self.handshake[part]
+        changes: dict[str, Callable[[Any, random.Random], Any]] = {
+            "strategy": _changed_inside, "manifest": fuzz.changed_text, "offers": fuzz.changed_message,
+        }  # fmt: skip
+        self.ask({**self.handshake, part: changes[part](good, chance)}, wire.PROBE)
+        self.ask(self.handshake, wire.PROBE)
 
     def one(self, seed: int) -> None:
         chance = random.Random(seed)
         kind = chance.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-        good_update = self.update | {"payload": self.good}
         text, read = self.texts[chance.choice(sorted(self.texts))]
         calls: dict[str, Callable[[], Any]] = {
-            "inline": lambda: self.payload(chance, in_file=False),
-            "file": lambda: self.payload(chance, in_file=True),
-            "update": lambda: self.update_message(fuzz.changed_message(good_update, chance)),
-            "control": lambda: self.control_message(fuzz.changed_message(self.control, chance)),
+            "inline": lambda: self.inline(chance),
+            "file": lambda: self.in_file(chance),
+            "bucket": lambda: self.ask(fuzz.changed_message(self.bucket, chance), self.good),
+            "control": lambda: self.control(chance),
             "text": lambda: parsed(read, {"x": fuzz.changed_text(text, chance)}, "x"),
             "hello": lambda: self.hello(chance),
         }
@@ -149,16 +187,18 @@ class Receiver:
         self.slowest = max(self.slowest, (time.thread_time() - working, time.perf_counter() - began, seed))
 
     def _check_nothing_kept(self, seed: int) -> None:
-        staging = getattr(self.engine._applier, "_staging", None)
+        staging = getattr(self.conversation._applier, "_staging", None)
         assert staging is None or not staging.received, f"seed {seed}: refused, and kept"
-        assert not self.engine.closed, f"seed {seed}: {self.engine.closed}"
+        assert not self.conversation.closed, f"seed {seed}: {self.conversation.closed}"
+        assert not self.conversation._digests, f"seed {seed}: refused, and its digest kept"
 
     def _check_as_announced(self, seed: int) -> None:
-        applier = self.engine._applier
+        applier = self.conversation._applier
         staging = getattr(applier, "_staging", None)
         found = staging.received if staging is not None else {}
         assert all(self.announced[n] == (t.dtype, tuple(t.shape)) for n, t in found.items()), f"seed {seed}"
         applier.undo()  # or the next message would be refused for its names, which have come already
+        self.conversation._digests = []
 
 
 def _changed_inside(apply: str, chance: random.Random) -> str:
@@ -181,8 +221,8 @@ def _small(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _gist(text: str) -> str:
     """Which check it was: the message without what is different each time."""
     for words in (
-        "differs from", "not safetensors bytes", "not a readable safetensors", "none of it was applied", "session:",
-        "unknown fields", "missing", "expected a file name", "malformed", "dtype", "got", "gave up",
+        "digest differs", "not safetensors bytes", "none of it was applied", "session:", "transport:", "can't be read",
+        "of its layout", "can't be", "unknown fields", "missing", "expected a file name", "malformed", "dtype", "got",
     ):  # fmt: skip
         if words in text:
             return words
@@ -196,28 +236,30 @@ def main(strategy: str, first: int, count: int, base: str, out: Path) -> None:
     factors = strategy == "factors"
     source = ls.FactorSource(policy) if factors else ls.MergedSource(policy)
     apply = MergeInWorker(base="device") if factors else None
-    with running_llm(base, in_process=True, dtype="float32") as llm, connect(source, llm, apply) as sync:
-        sync.send_weights()
-        before = greedy(llm)
-        folder = Path(sync._engines.sessions[0]._mailbox.folder)
-        receiver = Receiver(llm, source, sync, folder)
-        held, began = held_by({"receiver": os.getpid()}), time.perf_counter()
-        for seed in range(first, first + count):
-            receiver.one(seed)
-        seconds = time.perf_counter() - began
-        held_after = held_by({"receiver": os.getpid()})
-        assert greedy(llm) == before, "something was applied"
-        models.move(policy, seed=1)
-        sync.send_weights()
-        assert greedy(llm) != before
-        models.move(policy, seed=0)
-        sync.send_weights()
-        assert greedy(llm) == before
+    with running_llm(base, in_process=True, dtype="float32") as llm:
+        with connect(source, Outside(llm), apply) as sync:
+            sync.send_weights()
+            before = greedy(llm)
+            receiver = Receiver(llm, source, sync)
+            held, began = held_by({"receiver": os.getpid()}), time.perf_counter()
+            for seed in range(first, first + count):
+                receiver.one(seed)
+            seconds = time.perf_counter() - began
+            held_after = held_by({"receiver": os.getpid()})
+            assert greedy(llm) == before, "something was applied"
+            models.move(policy, seed=1)
+            sync.send_weights()
+            assert greedy(llm) != before
+            models.move(policy, seed=0)
+            sync.send_weights()
+            assert greedy(llm) == before
+        held_ended = held_by({"receiver": os.getpid()})
     found = {
         "strategy": strategy, "messages": count, "seconds": round(seconds, 1),
         "slowest": dict(zip(("cpu_seconds", "seconds", "seed"), receiver.slowest, strict=True)),
         "accepted": dict(receiver.accepted), "refused": dict(receiver.refused.most_common()),
         "not_ours": receiver.foreign, "held_before": held, "held_after": held_after,
+        "held_ended": held_ended,
     }  # fmt: skip
     out.write_text(json.dumps(found))
 

@@ -5,22 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lorasync.push.payload import Payload
 
 import lorasync as ls
 from lorasync.push import MergeInWorker, ServeAdapter
-from lorasync.push.session import EngineSession
-from lorasync.push.strategies import apply_message
-from lorasync.targets.kinds import target_of
-from lorasync.transport.cuda_ipc import Lender
-from lorasync.wire import digest_of_parts, manifest_as_text
+from lorasync.push.strategies import LoadMerged
+from lorasync.transport.post import Post, ways_taken
+from lorasync.wire import (
+    PROBE,
+    Abort,
+    BucketMessage,
+    Commit,
+    Digest,
+    Goodbye,
+    Hello,
+    Message,
+    Rollback,
+    Status,
+    answer_from_dict,
+    digest_of_parts,
+    manifest_as_text,
+)
 from tests.e2e.engines import running_llm
 from tests.models import tiny
 from tests.stub_engine import StubLLM
 
 pytestmark = pytest.mark.timeout(300)
-APPLIES = {"merged": None, "factors": MergeInWorker(base="checkpoint"), "adapter": ServeAdapter("policy")}
-COMMON = {"ok", "version", "closed", "world_size", "seconds"}
+STRATEGIES: dict[str, Any] = {
+    "merged": LoadMerged(),
+    "factors": MergeInWorker(base="checkpoint"),
+    "adapter": ServeAdapter("policy"),
+}
+CERTAIN = ("ok", "rank", "workers", "version", "ours", "replaced", "pending", "digest")
 
 
 @pytest.fixture(scope="module")
@@ -30,85 +45,106 @@ def real(base):
         yield llm
 
 
+class Place:
+    """Where the buckets of a conversation go."""
+
+    name, gpu = "engine", ""
+
+    def __init__(self, ways: tuple[str, ...]) -> None:
+        self.ways = ways
+
+
 class Told:
-    """A conversation: each answer as its fields and what is certain of them, each refusal as its type."""
+    """A conversation: each answer as what is certain of it, each refusal as its type."""
 
     def __init__(self, engine: Any, way: str, policy: Any) -> None:
-        self.session = EngineSession(target_of(engine, timeout=60.0), name="engine")
+        self.engine, self.post, self.session = engine, Post(), f"session of {way}"
         source = ls.MergedSource(policy) if way == "merged" else ls.FactorSource(policy)
         self.bucket = dict(source)
-        self.texts = {
-            "apply": apply_message(APPLIES[way], source),
-            "manifest": manifest_as_text((m.name, m.dtype, m.shape) for m in source.metadata()),
-        }
+        self.strategy = STRATEGIES[way].handshake(source)
+        self.manifest = manifest_as_text((m.name, m.dtype, m.shape) for m in source.metadata())
         self.lines: list[Any] = []
+        self.sent: list[str] = []
+        self.version = 0
 
-    def ask(self, op: str, **fields: Any) -> None:
-        try:
-            replies = self.session.control(op, **fields)
-        except Exception as error:
-            self.lines.append((op, type(error).__name__))
-            return
-        for rank, reply in replies.items():
-            certain = {
-                name: reply[name]
-                for name in ("ok", "version", "closed", "world_size", "ours", "held")
-                if name in reply
-            }
-            self.lines.append((op, rank, sorted(reply), certain))
+    def ask(self, message: Message, payload: bytes = b"") -> Any:
+        (found,) = self.engine.collective_rpc("weight_transfer_engine", args=(message.to_dict(), payload))
+        answer = answer_from_dict(found)
+        self.version = answer.version
+        certain = {name: getattr(answer, name) for name in CERTAIN if name != "version"}
+        if isinstance(message, Digest):
+            certain["digest"] = bool(certain["digest"])  # a stub has no parameters of a real model
+        told = None if answer.introduction is None else self._certain(answer.introduction)
+        error = (answer.error or {}).get("type")
+        self.lines.append((message.op, certain, answer.version, bool(answer.closed), error, told))
+        return answer
 
-    def push(self, version: int, *, beside: bool, digest: str = "") -> None:
-        if not beside:
-            self.session.start()
-        with Payload(self.bucket, [self.session], Lender()) as payload:
-            self.session.send(payload, version, op="bucket", beside=beside)
-        if not beside:
-            self.session.finish()
-        self.lines.append(("sent", bool(self.session._sent)))
+    @staticmethod
+    def _certain(introduction: Any) -> Any:
+        ways = ways_taken([introduction.refused])
+        return ways, introduction.gpu, sorted(introduction.dtypes), bool(introduction.capacity)
+
+    def hello(self, **change: Any) -> Any:
+        settings = {"strategy": self.strategy, "manifest": self.manifest, "session": self.session}
+        offers = self.post.offers(hands_over=False)
+        answer = self.ask(Hello(**{**settings, "offers": offers, **change}), PROBE)
+        if answer.introduction is not None:
+            self.place = Place(ways_taken([answer.introduction.refused]))
+        return answer
+
+    def push(self, version: int) -> None:
+        (parcel,) = self.post.parcels(self.bucket, [self.place])
+        message = BucketMessage(
+            session=self.session,
+            version=version,
+            kind="bucket",
+            transport=parcel.way,
+            fields=parcel.fields,
+            digest=parcel.digest,
+        )
+        self.ask(message, parcel.payload)
+        self.sent.append(parcel.digest)
 
     def commit(self, version: int, expected: int) -> None:
+        digest, self.sent = digest_of_parts(self.sent), []
+        keep = (version - 1,) if version > 1 else ()
+        self.ask(
+            Commit(session=self.session, version=version, expected=expected, digest=digest, in_flight=keep)
+        )
 
-        digest, self.session._sent = digest_of_parts(self.session._sent), []
-        self.ask("commit", version=version, expected=expected, digest=digest, in_flight=(version - 1,))
+    def rollback(self, version: int, expected: int) -> None:
+        self.ask(Rollback(session=self.session, version=version, expected=expected))
 
 
 def conversation(engine: Any, way: str, policy: Any) -> list[Any]:
-    told, beside = Told(engine, way, policy), way != "merged"
-    told.ask("status")
-    told.ask("commit", version=1)
-    told.ask("hello", **{**told.texts, "bucket": told.session._bytes_to_try()})
-    first = told.lines[-1][3]["version"]
-    told.ask("status")
-    told.ask("commit", version=first + 1, expected=first + 5)
-    told.ask("rollback", version=first - 1, expected=first)
+    told = Told(engine, way, policy)
+    session = told.session
+    told.ask(Status(session=session))
+    told.commit(1, 0)  # nobody has shaken hands
+    first = told.hello().version
+    told.ask(Status(session=session))
+    told.commit(first + 1, first + 5)  # another version is served
+    told.rollback(first - 1, first)
     for version in (first + 1, first + 2):
-        told.push(version, beside=beside)
+        told.push(version)
         told.commit(version, version - 1)
-    told.push(first + 3, beside=beside)
-    told.ask("stage", bucket={"op": "abort", "session": told.session._token, "version": first + 3, "call": 0})
-    told.ask("status")
-    told.session._sent = []
-    told.push(first + 3, beside=beside)
+    told.push(first + 3)
+    told.ask(Abort(session=session))
+    told.ask(Status(session=session))
+    told.commit(first + 3, first + 2)  # its buckets were given up
+    told.push(first + 3)
     told.commit(first + 3, first + 2)
-    told.ask("rollback", version=first + 2, expected=first + 1)
-    told.ask("rollback", version=first + 2, expected=first + 3)
-    told.ask("rollback", version=first + 3, expected=first + 2)
-    told.ask("hello", bucket={"op": "nonsense"}, **told.texts)
-    told.ask("status")
-    told.ask("goodbye")
-    told.ask("status")
-    told.ask("commit", version=first + 9, expected=first + 3)
-    told.session._remove()
-    return [_relative(line, first) for line in told.lines]
-
-
-def _relative(line: Any, first: int) -> Any:
-    """Versions count from what the engine served at first; a real one has been pushed to before."""
-    if not isinstance(line[-1], dict):
-        return line
-    found = {**line[-1], "version": line[-1]["version"] - first}
-    found["closed"] = bool(found["closed"])
-    return (*line[:-1], found)
+    told.rollback(first + 2, first + 1)
+    told.rollback(first + 2, first + 3)
+    told.rollback(first + 3, first + 2)
+    told.hello(protocol=1)
+    told.ask(Status(session=session))
+    told.ask(Status(session="another"))
+    told.ask(Goodbye(session=session))
+    told.ask(Status(session=session))
+    told.commit(first + 9, first + 3)
+    told.post.close()
+    return [(op, certain, version - first, *rest) for op, certain, version, *rest in told.lines]
 
 
 @pytest.mark.parametrize("way", ["adapter", "factors", "merged"])
@@ -116,4 +152,5 @@ def test_a_real_engine_and_the_stub_answer_alike(real, way, base):
     policy = tiny(base)
     found = conversation(real, way, policy)
     assert conversation(StubLLM(), way, policy) == found
-    assert {name for line in found if len(line) > 3 for name in line[2]} >= COMMON
+    assert [line for line in found if line[1]["ok"]]
+    assert {line[4] for line in found} >= {None, "SyncError", "StaleVersionError", "MismatchError"}
