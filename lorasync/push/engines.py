@@ -166,6 +166,7 @@ class Engines:
             before = self._before.get(session.name, session.version)
             if session.version == version != before:
                 _return_to(before, session, version, {*keep, before})
+        self.post.release()
 
     def take_on(self, version: int) -> None:
         """After weights have changed: what was cached of others goes."""

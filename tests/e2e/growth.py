@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import median
 
-from lorasync import wire
+from lorasync.transport.folder import shared_memory_root
 from tests.e2e.faults import shared_memory
 
 Held = Mapping[str, float]
@@ -34,9 +34,7 @@ def held_by(processes: Mapping[str, int]) -> dict[str, float]:
             f"{name}: RSS in KB": _rss_in_kb(pid),
             f"{name}: file handles": _entries(f"/proc/{pid}/fd"),
             f"{name}: threads": _entries(f"/proc/{pid}/task"),
-            f"{name}: mapped payloads": sum(
-                f"{wire.shared_memory_root()}/lorasync-" in line for line in maps
-            ),
+            f"{name}: mapped payloads": sum(f"{shared_memory_root()}/lorasync-" in line for line in maps),
         }
     files = [path for path in shared_memory() if path.is_file()]
     found["shared memory: files"] = len(files)
