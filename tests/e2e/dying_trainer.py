@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -58,7 +59,7 @@ def serve_until_gone(listener: Listener, calls: Calls) -> list[str]:
         while True:
             try:
                 name, arguments = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # also in the middle of a message
                 return made
             assert name in CALLS
             made.append(arguments[2][0]["op"] if name == "collective_rpc" else name)
@@ -66,7 +67,8 @@ def serve_until_gone(listener: Listener, calls: Calls) -> list[str]:
                 answer = ("", getattr(calls, name)(*arguments))
             except Exception as error:
                 answer = (str(error), None)
-            connection.send(answer)
+            with contextlib.suppress(OSError):
+                connection.send(answer)
 
 
 def main(address: str, base: str) -> None:
