@@ -132,10 +132,19 @@ class Engines:
     def _check_able(self, session: EngineSession) -> None:
         session.target.check_able(changes_weights=self._changes_weights, multimodal=session.multimodal)
 
-    def check_ours(self) -> None:
-        """Before live weights change: one that another trainer has taken over would leave the others torn."""
-        if self._names_each:  # or its refusal of the first bucket leaves nothing torn
+    def check_ours(self, version: int) -> None:
+        """Before live weights change: one that another trainer has taken over would leave the others torn.
+
+        Args:
+            version: what would be pushed; an engine that does not answer is closed, as after any push that has failed.
+        """
+        if not self._names_each:  # its refusal of the first bucket leaves nothing torn
+            return
+        try:
             self.each(lambda session: session.check_ours())
+        except BaseException as error:
+            self.abort(version, error)
+            raise
 
     def flight(self) -> Flight:
         """The buckets of one push, on their way."""
@@ -166,6 +175,7 @@ class Engines:
             before = self._before.get(session.name, session.version)
             if session.version == version != before:
                 _return_to(before, session, version, {*keep, before})
+        self.post.release()
 
     def take_on(self, version: int) -> None:
         """After weights have changed: what was cached of others goes."""

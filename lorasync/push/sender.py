@@ -76,7 +76,7 @@ class Sender:
                 engines.catch_up()
                 lent, stream = self._read(source, engines, totals)
                 if not self._strategy.stages_beside:
-                    engines.check_ours()
+                    engines.check_ours(version)
                     stop.begin()  # merged weights are live as they come
             self._transfer(lent, stream, engines, version, totals, stop)
             blocked = self._commit(engines, version, versions, totals, committing)

@@ -21,15 +21,23 @@ class Session(Protocol):
 
 
 def join(engine: object, session: Session) -> None:
-    """A connection has shaken hands with the engine."""
+    """A connection has shaken hands with the engine, which takes only its pushes from now on."""
     _sessions.setdefault(engine, weakref.WeakSet()).add(session)
+    _last[engine] = weakref.ref(session)
 
 
 def replace_others(engine: object, session: Session) -> None:
-    """Before the versions of all other connections go: vLLM ends the whole engine when a request names a lost adapter."""
+    """Before the versions of all other connections go: vLLM ends the whole engine when a request names a lost adapter.
+
+    Of a connection that another one has taken over from, the engine takes nothing: no versions go.
+    """
+    last = _last.get(engine)
+    if last is None or last() is not session:
+        return
     for other in _sessions.get(engine, ()):
         if other is not session:
             other.replaced = True
 
 
 _sessions: weakref.WeakKeyDictionary[object, weakref.WeakSet[Session]] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[object, weakref.ref[Session]] = weakref.WeakKeyDictionary()

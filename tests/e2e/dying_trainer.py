@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,28 +10,20 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-CALLS = (
-    "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache",
-)  # fmt: skip
+CALLS = ("collective_rpc", "reset_prefix_cache")
 
 
 @dataclass
 class Calls:
-    """VLLM's weight-sync calls on an engine that may be restarted behind them, as behind a URL."""
+    """What a push needs of an engine that may be restarted behind these calls, as behind a URL."""
 
     llm: Any
 
-    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": info})
-
-    def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
-
-    def update_weights(self, info: dict[str, Any]) -> None:
-        self.llm.update_weights({"update_info": info})
-
-    def finish_weight_update(self) -> None:
-        self.llm.finish_weight_update()
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        found: list[Any] = self.llm.collective_rpc(method, timeout, args, kwargs)
+        return found
 
     def reset_prefix_cache(self) -> None:
         self.llm.reset_prefix_cache()
@@ -42,44 +35,40 @@ class Remote:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: Any) -> Any:
         self._connection.send((name, arguments))
-        failure = self._connection.recv()
+        failure, found = self._connection.recv()
         if failure:
             raise RuntimeError(failure)
+        return found
 
-    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", info)
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update")
-
-    def update_weights(self, info: dict[str, Any]) -> None:
-        self._call("update_weights", info)
-
-    def finish_weight_update(self) -> None:
-        self._call("finish_weight_update")
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        found: list[Any] = self._call("collective_rpc", method, timeout, args, kwargs)
+        return found
 
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache")
 
 
 def serve_until_gone(listener: Listener, calls: Calls) -> list[str]:
-    """Make a remote trainer's calls on an engine until the trainer is gone; which calls it made."""
+    """Make a remote trainer's calls on an engine until the trainer is gone; return the messages that it sent, by ``op``."""
     made = []
     with listener.accept() as connection:
         while True:
             try:
                 name, arguments = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # also in the middle of a message
                 return made
             assert name in CALLS
-            made.append(name)
+            made.append(arguments[2][0]["op"] if name == "collective_rpc" else name)
             try:
-                getattr(calls, name)(*arguments)
-                connection.send("")
+                answer = ("", getattr(calls, name)(*arguments))
             except Exception as error:
-                connection.send(str(error))
+                answer = (str(error), None)
+            with contextlib.suppress(OSError):
+                connection.send(answer)
 
 
 def main(address: str, base: str) -> None:

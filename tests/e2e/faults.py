@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import resource
 import signal
@@ -15,7 +17,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasync import ParamMeta, wire
+from lorasync import ParamMeta
+from lorasync.targets.base import METHOD
+from lorasync.transport.folder import shared_memory_root
 
 Item = tuple[str, torch.Tensor]
 
@@ -88,54 +92,64 @@ class NoMemory(TorchDispatchMode):
 
 
 @dataclass
+class Call:
+    """One message of the trainer's, and what rides beside it, before the engine gets both."""
+
+    message: dict[str, Any]
+    payload: Any
+    folder: Path
+
+
+OnBucket = Callable[[Call], None]
+OnControl = Callable[[dict[str, Any]], None]
+
+
+@dataclass
 class Wire:
     """A `vllm.LLM` whose weight-sync calls can be looked at, altered, or cut off on their way."""
 
     llm: Any
-    on_bucket: Callable[[dict[str, Any], Path], None] | None = None
-    on_control: Callable[[dict[str, Any]], None] | None = None
-    after_control: Callable[[dict[str, Any]], None] | None = None
+    on_bucket: OnBucket | None = None
+    on_control: OnControl | None = None
+    beside_hello: Callable[[Any], Any] | None = None
     folder: Path = field(default_factory=Path)
     buckets: int = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.llm, name)
 
-    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
-        info = dict(request["init_info"])
-        self.folder = Path(info["mailbox"])
-        if info["bucket"] is not None:
-            info["bucket"] = self._altered(info["bucket"])
-        if self.on_control is not None:
-            self.on_control(info)
-        self.llm.init_weight_transfer_engine({"init_info": info})
-        if self.after_control is not None:
-            self.after_control(info)
+    def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        if method == METHOD:
+            args = self._altered(*args)
+        found: list[Any] = self.llm.collective_rpc(method, timeout, args, kwargs)
+        return found
 
-    def update_weights(self, request: dict[str, Any]) -> None:
-        self.llm.update_weights({"update_info": self._altered(request["update_info"])})
-
-    def _altered(self, bucket: dict[str, Any]) -> dict[str, Any]:
-        bucket = dict(bucket)
-        if bucket["op"] == "bucket":
+    def _altered(self, message: dict[str, Any], payload: Any) -> tuple[dict[str, Any], Any]:
+        call = Call(dict(message), payload, self.folder)
+        if message["op"] == "bucket":
             self.buckets += 1
             if self.on_bucket is not None:
-                self.on_bucket(bucket, self.folder)
-        return bucket
-
-
-OnBucket = Callable[[dict[str, Any], Path], None]
+                self.on_bucket(call)
+        elif self.on_control is not None:
+            self.on_control(call.message)
+        if message["op"] == "hello":
+            self.folder = call.folder = Path(message["offers"].get("shared_memory", {}).get("folder", ""))
+            if self.beside_hello is not None:
+                call.payload = self.beside_hello(payload)
+        return call.message, call.payload
 
 
 def nth_bucket(change: OnBucket, *, bucket: int) -> OnBucket:
     """Do something to the n-th bucket only (from 1 on)."""
     left = bucket
 
-    def on_bucket(info: dict[str, Any], folder: Path) -> None:
+    def on_bucket(call: Call) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            change(info, folder)
+            change(call)
 
     return on_bucket
 
@@ -143,18 +157,48 @@ def nth_bucket(change: OnBucket, *, bucket: int) -> OnBucket:
 def payload_change(change: Callable[[bytes], bytes], *, bucket: int) -> OnBucket:
     """Alter the bytes of the n-th bucket, inline or in shared memory."""
 
-    def altered(info: dict[str, Any], folder: Path) -> None:
-        if info.get("path"):
-            file = folder / info["path"]
-            file.write_bytes(change(file.read_bytes()))
+    def altered(call: Call) -> None:
+        if call.message["transport"] == "shared_memory":
+            _change_in_place(call, change)
         else:
-            info["payload"] = change(info["payload"])
+            call.payload = change(call.payload)
+
+    return nth_bucket(altered, bucket=bucket)
+
+
+def _change_in_place(call: Call, change: Callable[[bytes], bytes]) -> None:
+    """Both sides keep the file mapped; it may be longer than the bucket, and ends with it if the bucket is cut short."""
+    used = max(at + 4 * math.prod(shape) for _, _, shape, at in json.loads(call.message["fields"]["layout"]))
+    with (call.folder / call.message["fields"]["file"]).open("r+b") as file:
+        changed = change(file.read(used))
+        file.seek(0)
+        file.write(changed)
+        if len(changed) < used:
+            file.truncate()
+
+
+def header_that_lies(*, bucket: int) -> OnBucket:
+    """The lengths that the n-th bucket announces are not its own: in its first bytes, or in the layout of its file."""
+
+    def altered(call: Call) -> None:
+        if call.message["transport"] == "shared_memory":
+            layout = json.loads(call.message["fields"]["layout"])
+            layout[-1][2] = [1 << 61]
+            call.message["fields"] = {**call.message["fields"], "layout": json.dumps(layout)}
+        else:
+            call.payload = b"\xff" * 8 + call.payload[8:]
 
     return nth_bucket(altered, bucket=bucket)
 
 
 def field_change(*, bucket: int, **fields: Any) -> OnBucket:
-    return nth_bucket(lambda info, folder: info.update(fields), bucket=bucket)
+    return nth_bucket(lambda call: call.message.update(fields), bucket=bucket)
+
+
+def another_file(name: str, *, bucket: int) -> OnBucket:
+    """The n-th bucket is said to be in this file, whichever way it really travels."""
+    fields = {"file": name, "layout": '[["weight","float32",[1],0]]'}
+    return field_change(bucket=bucket, transport="shared_memory", fields=fields)
 
 
 class Bomb:
@@ -245,11 +289,16 @@ def shared_memory(*, owner: int | None = None) -> set[Path]:
     """The folders of a process in shared memory (this one's), and the files in them."""
     pid = str(os.getpid() if owner is None else owner)
     found: set[Path] = set()
-    for folder in wire.shared_memory_root().glob("lorasync-*"):
+    for folder in shared_memory_root().glob("lorasync-*"):
         with contextlib.suppress(OSError):
             if (folder / "owner").read_text().strip() == pid:
                 found |= {folder, *folder.rglob("*")}
     return found
+
+
+def payloads() -> set[Path]:
+    """The files of buckets in this process's folders: a connection keeps two of them from push to push."""
+    return {path for path in shared_memory() if path.suffix == ".bucket"}
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import lorasync as ls
 from lorasync.errors import PayloadError
 from lorasync.push import MergeInWorker, connect, session
-from lorasync.wire import Mailbox
 from tests import models
 from tests.e2e.engines import greedy, running_llm
 from tests.models import tiny
@@ -57,14 +58,14 @@ def _goes_on(sync, policy, llm, answers):
 def test_a_rank_that_has_staged_other_bytes_is_noticed_before_the_commit(pushed, llm, monkeypatch):
     policy, sync, answers = pushed
     models.move(policy, seed=2, scale=0.05)
-    collect, commits = Mailbox.collect, []
+    read, commits = session.read_answers, []
 
-    def other_bytes(box, call):
-        replies = collect(box, call)
-        return {r: {**body, "digest": "0" * 32} if "digest" in body else body for r, body in replies.items()}
+    def other_bytes(found, *, expected):
+        answers = read(found, expected=expected)
+        return {rank: replace(a, digest="0" * 32) if a.digest else a for rank, a in answers.items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Mailbox, "collect", other_bytes)
+        patch.setattr(session, "read_answers", other_bytes)
         patch.setattr(session.EngineSession, "commit", lambda *args: commits.append(args))
         _refused(sync, llm, answers, r"ranks \[0\] have staged other bytes than were sent")
     assert not commits

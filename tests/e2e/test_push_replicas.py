@@ -137,9 +137,9 @@ def _as_vllm_s_own(request: dict[str, Any]) -> dict[str, Any]:
 def test_what_one_engine_refuses_at_the_commit_the_other_one_gives_back(pair, strategy, base):
     policy = tiny(base)
 
-    def refused(info: dict[str, Any]) -> None:
-        if info["op"] == "commit":
-            info["expected"] -= 1
+    def refused(message: dict[str, Any]) -> None:
+        if message["op"] == "commit":
+            message["expected"] -= 1
 
     wire = Wire(pair["right"])
     with connected(strategy, policy, {"left": pair["left"], "right": wire}) as sync:
@@ -162,7 +162,7 @@ def test_what_one_engine_refuses_at_the_commit_the_other_one_gives_back(pair, st
         assert served_by(pair, sync) == before
 
 
-def test_a_trainer_learns_in_its_own_mailbox_that_another_one_took_over(pair, strategy, base):
+def test_a_trainer_learns_that_another_one_took_over(pair, strategy, base):
     policy, theirs = tiny(base), tiny(base, seed=5)
     with connected(strategy, policy, pair["left"]) as sync:
         push(sync, policy, seed=0)
