@@ -215,6 +215,7 @@ def _refuse_changed(params: Collection[str]) -> None:
     """Refuse parameters that earlier pushes have written: nothing tells whether they hold the base."""
     for param in sorted(params):
         raise SyncError(
-            f"{param}: the engine serves weights of an earlier push, expected the base that was trained on. Restart the "
+            f"{param}: the engine serves weights of an earlier push (or that somebody has changed before it was attached), "
+            "expected the base that was trained on. Restart the "
             "engine, or use MergeInWorker or MergedSource."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_an_attached_engine_takes_every_strategy(base, expected, engine):
     models.move(policy, seed=3)
     with running_llm(base, backend=None, dtype="float32", **engine, **ADAPTER_SLOTS) as llm:
         before = greedy(llm)
-        with pytest.raises(EngineNotReadyError, match="lorasync.push.attach"):
+        with pytest.raises(EngineNotReadyError, match=r"lorasync\.push\.attach"):
             connect(ls.MergedSource(policy), llm)
         assert attach(llm) is attach(llm) is llm
         assert greedy(llm) == before
@@ -44,7 +45,15 @@ def test_an_attached_engine_takes_every_strategy(base, expected, engine):
             (ls.FactorSource(policy), MergeInWorker(base="device")),
             (ls.MergedSource(policy), None),
         ):
-            with connect(source, llm, apply) as sync:
+            # Linear layers are packed for the CPU: an adapter over them is served on somebody's word.
+            unseen = isinstance(apply, ServeAdapter)
+            with (
+                pytest.warns(UserWarning, match="8 of its weights can't be read back")
+                if unseen
+                else nullcontext()
+            ):
+                sync = connect(source, llm, apply)
+            with sync:
                 sync.send_weights()
                 check_alike(greedy(llm, **sync.request()), expected)
 
@@ -55,10 +64,10 @@ def test_an_engine_whose_weights_somebody_has_changed_before_is_not_taken_for_it
     models.move(policy, seed=3)
     with running_llm(base, backend=None, in_process=True, dtype="float32", **ADAPTER_SLOTS) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        weight = worker.get_model().get_parameter("model.layers.0.mlp.down_proj.base_layer.weight")
-        weight.data[1, 1] += 0.5
+        weight = worker.get_model().get_parameter("model.layers.1.input_layernorm.weight")
+        weight.data[1] += 0.5
         attach(llm)
-        with pytest.raises(SyncError, match=r"down_proj.*earlier push"):
+        with pytest.raises(SyncError, match=r"input_layernorm.*before it was attached"):
             connect(ls.FactorSource(policy), llm, ServeAdapter("policy"))
         with connect(ls.FactorSource(policy), llm, MergeInWorker(base="device")) as sync:
             sync.send_weights()
@@ -74,7 +83,7 @@ def test_what_can_not_be_attached_is_refused_with_the_reason(base):
             attach(llm)
         llm.llm_engine.vllm_config.weight_transfer_config = None
         with pytest.raises(
-            EngineNotReadyError, match="its workers keep .*IPC.*, expected lorasync's WorkerEngine"
+            EngineNotReadyError, match=r"its workers keep .*IPC.*, expected lorasync's WorkerEngine"
         ):
             attach(llm)
         llm.llm_engine.vllm_config.parallel_config.pipeline_parallel_size = 2

@@ -52,10 +52,6 @@ async def _pushed(base: str, expected: dict[int, list[tuple[int, ...]]]) -> None
             if apply is not None:
                 await asyncio.to_thread(sync.rollback)
                 assert await _asked_of_each(engine, sync) == [expected[1]] * 2
-            else:
-                digests = await asyncio.to_thread(sync.digests)
-                assert set(digests["engine"]) == {0, 1}
-                assert len(set(digests["engine"].values())) == 1
             await _refused_by_the_second(engine, sync, policy)
             await asyncio.to_thread(sync.shutdown)
     finally:
