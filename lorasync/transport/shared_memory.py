@@ -6,6 +6,7 @@ sides until the connection ends: fresh pages of shared memory cost more than eve
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorasync.errors import PayloadError
+from lorasync.errors import PayloadError, SyncError
 from lorasync.lent import Bucket, items_of, made, nbytes_of
 from lorasync.transport.base import Parcel, Place, Received
 from lorasync.transport.folder import Folder, opened, room_in
@@ -170,6 +171,7 @@ class Receiver:
 
         Raises:
             PayloadError: if there is no such file, or it is shorter than its layout says.
+            SyncError: if the worker has no memory left.
         """
         if self._folder is None:
             raise PayloadError(
@@ -188,6 +190,8 @@ class Receiver:
             if name not in self._mapped or self._mapped[name].numel() != size:
                 self._mapped[name] = _mapped(path, size)
         except (OSError, ValueError) as error:
+            if getattr(error, "errno", 0) == errno.ENOMEM:  # the payload may be all right
+                raise SyncError(f"{name}: can't be mapped ({error}). Nothing was applied.") from error
             raise PayloadError(f"{name}: can't be read ({error}). Nothing was applied.") from error
         return self._mapped[name]
 

@@ -514,7 +514,7 @@ ROWS = (
         lambda b: _source(b, raising(ConnectionError("the trainer died here"))), MIDDLE),
     Row("out of memory while merging or copying (trainer)", RuntimeError, "can't allocate memory",
         lambda b: NoMemory(after=3), {"merged": CLOSED}),
-    Row("out of memory in a worker while it reads a bucket", SyncError, "Cannot allocate memory",
+    Row("out of memory in a worker while it reads a bucket", SyncError, "can't be mapped .*Cannot allocate memory",
         _out_of_memory_in_a_worker, MIDDLE),
     Row("a name twice in the stream", MismatchError, "a second time",
         lambda b: _source(b, lambda n, t: [(n, t), (n, t)]), MIDDLE),
