@@ -102,8 +102,10 @@ def test_a_worker_s_refusal_does_not_pass_through_vllm():
     llm.on["rollback in the worker"] = raising(ZeroDivisionError("a defect"))
     with pytest.raises(SyncError):
         session.rollback(3, ())
-    for message in (None, {}, {"op": "no"}, {"op": "status", "session": 5, "protocol": PROTOCOL}):
+    for message in (None, {}, {"op": "no"}):
         assert not llm.workers[0](message)["ok"]
+    for name in (5, None, [], {}, ["x"], b"x"):
+        assert not llm.workers[0]({"op": "status", "session": name, "protocol": PROTOCOL})["ok"]
     assert seen == [[False, False]] * 2
     session.goodbye()
 

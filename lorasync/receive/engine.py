@@ -57,7 +57,8 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
             An `Answer`, as a dict; also where something went wrong.
         """
         began = time.perf_counter()
-        session = message.get("session", "") if isinstance(message, dict) else ""
+        named = message.get("session") if isinstance(message, dict) else None
+        session = named if isinstance(named, str) else ""
         try:
             read = message_from_dict(message)
             with in_context_of(self.vllm_config):

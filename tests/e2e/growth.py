@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 from lorasync.transport.folder import shared_memory_root
-from tests.e2e.faults import shared_memory
 
 Held = Mapping[str, float]
 ALLOCATED = ("live heap in KB", "small Python objects")
@@ -36,10 +35,24 @@ def held_by(processes: Mapping[str, int]) -> dict[str, float]:
             f"{name}: threads": _entries(f"/proc/{pid}/task"),
             f"{name}: mapped payloads": sum(f"{shared_memory_root()}/lorasync-" in line for line in maps),
         }
-    files = [path for path in shared_memory() if path.is_file()]
+    files = _files_in_shared_memory()
     found["shared memory: files"] = len(files)
     found["shared memory: bytes"] = sum(path.stat().st_size for path in files)
     return found
+
+
+def _files_in_shared_memory() -> list[Path]:
+    """Those in this process's folders."""
+    owners = shared_memory_root().glob("lorasync-*/owner")
+    mine = [owner.parent for owner in owners if _text(owner) == str(os.getpid())]
+    return [path for folder in mine for path in folder.iterdir() if path.is_file()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # another process's, gone meanwhile
+        return ""
 
 
 def per_push(samples: Sequence[Sample]) -> dict[str, float]:

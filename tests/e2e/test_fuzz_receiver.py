@@ -53,10 +53,11 @@ def _fuzz(base: str, out: Path, count: int) -> list[dict]:
         assert accepted + sum(receiver["refused"].values()) == count
         assert accepted < count / 5
         assert receiver["slowest"]["cpu_seconds"] < 1.0
-        assert (
-            receiver["held_after"]["receiver: file handles"]
-            == receiver["held_before"]["receiver: file handles"]
-        )
+        held = [
+            receiver[when]["receiver: file handles"] for when in ("held_before", "held_after", "held_ended")
+        ]
+        assert held[1] <= held[0] + 8  # each mapped file keeps one
+        assert held[2] <= held[0]
         assert (
             receiver["held_after"]["receiver: mapped payloads"] <= 8
         )  # both sides' files, and the damaged one
