@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import lorasync as ls
-from lorasync.errors import EngineClosedError, SyncError
+from lorasync.errors import EngineClosedError, StaleVersionError, SyncError
 from lorasync.push import ServeAdapter, connect
 from tests import models
 from tests.stub_engine import StubLLM, raising
@@ -57,3 +57,16 @@ def test_an_engine_that_dies_before_live_weights_change_is_closed(policy):
         right.on.clear()
         sync.send_weights()
         assert sync.request() == {}
+
+
+def test_a_commit_that_is_refused_as_stale_takes_no_one_s_requests_away(policy):
+    llm = StubLLM()
+    first = connected(policy, llm)
+    first.send_weights()
+    with connected(policy, llm) as second:
+        conversation = llm.workers[0].conversation
+        conversation.version = 7
+        with pytest.raises(StaleVersionError):
+            second.send_weights()
+        conversation.version = 1
+        assert llm.generate(**first.request()) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorasync.errors import (
     EngineNotReadyError,
     LorasyncError,
+    StaleVersionError,
     SyncError,
     SyncTimeoutError,
 )
@@ -21,7 +22,7 @@ from lorasync.push.answers import (
     read_answers,
     slowest,
 )
-from lorasync.push.takeover import join, replace_others
+from lorasync.push.takeover import Session, join, replace_others
 from lorasync.transport.post import ways_taken
 from lorasync.wire import (
     ADAPTER_IDS,
@@ -198,7 +199,7 @@ class EngineSession:
             StaleVersionError: if somebody else has pushed meanwhile.
         """
         digest, self._sent = digest_of_parts(self._sent), []
-        self._replace_others()
+        others = self._replace_others()
         try:
             answers = self._asked(
                 Commit(
@@ -211,6 +212,10 @@ class EngineSession:
                 )
             )
             check_digests(answers, digest, "applied")
+        except StaleVersionError:  # nothing was touched: theirs are still there
+            for other in others:
+                other.replaced = False
+            raise
         except SyncTimeoutError:
             answers = self._serving(version)  # the answer may be all that was lost
             if not answers:
@@ -381,9 +386,8 @@ class EngineSession:
         if len(served) > 1 and not self._torn:
             self._torn = f"Its workers serve different versions: {served}. Call send_weights() again."
 
-    def _replace_others(self) -> None:
-        if self.target.engine is not None:
-            replace_others(self.target.engine, self)
+    def _replace_others(self) -> list[Session]:
+        return [] if self.target.engine is None else replace_others(self.target.engine, self)
 
     def _next_call(self) -> int:
         self._calls += 1

@@ -26,17 +26,21 @@ def join(engine: object, session: Session) -> None:
     _last[engine] = weakref.ref(session)
 
 
-def replace_others(engine: object, session: Session) -> None:
+def replace_others(engine: object, session: Session) -> list[Session]:
     """Before the versions of all other connections go: vLLM ends the whole engine when a request names a lost adapter.
 
     Of a connection that another one has taken over from, the engine takes nothing: no versions go.
+
+    Returns:
+        Those that were not replaced before, for the case that the engine refuses.
     """
     last = _last.get(engine)
     if last is None or last() is not session:
-        return
-    for other in _sessions.get(engine, ()):
-        if other is not session:
-            other.replaced = True
+        return []
+    others = [other for other in _sessions.get(engine, ()) if other is not session and not other.replaced]
+    for other in others:
+        other.replaced = True
+    return others
 
 
 _sessions: weakref.WeakKeyDictionary[object, weakref.WeakSet[Session]] = weakref.WeakKeyDictionary()
