@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasync.errors import Mismatch, MismatchError
+from lorasync.transport.base import comes_twice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +25,7 @@ def buckets(stream: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[
             yield bucket
             bucket, size = {}, 0
         if name in bucket:
-            wrong = Mismatch(name, "it a second time", "each name once", "Fix the source.")
-            raise MismatchError("A source must yield each name once.", [wrong])
+            raise comes_twice(name)
         bucket[name] = tensor
         size += tensor.nbytes
     if bucket:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from lorasync.errors import Mismatch, MismatchError
 from lorasync.kernels import PendingMerge
 
 if TYPE_CHECKING:
@@ -102,3 +103,9 @@ class Receiver(Protocol):
     def close(self) -> None:
         """Give back what was opened: the trainer says goodbye, or another one takes over."""
         ...
+
+
+def comes_twice(name: str) -> MismatchError:
+    """The error for a source that yields a name a second time within a bucket; the worker sees the others."""
+    wrong = Mismatch(name, "it a second time", "each name once", "Yield it once.")
+    return MismatchError("A source must yield each name once.", [wrong])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorasync.errors import PayloadError, SyncError
 from lorasync.lent import Bucket, items_of, made, nbytes_of
-from lorasync.transport.base import Parcel, Place, Received
+from lorasync.transport.base import Parcel, Place, Received, comes_twice
 from lorasync.transport.folder import Folder, opened, room_in
 from lorasync.transport.inline import SMALL, check_digest
 from lorasync.wire.tensors import digest as digest_of
@@ -62,17 +62,18 @@ class Sender:
         Raises:
             SyncError: if the file system has no room for it.
         """
-        layout, size = _layout(bucket)
-        slot = self._slot_of(size)
-        for (name, item), (_, _, _, at) in zip(items_of(bucket).items(), layout, strict=True):
-            slot.write(made(item), at, name)
-        tensors = _views(slot.bytes, layout)
-        return Parcel(
-            NAME,
-            {"file": slot.path.name, "layout": json.dumps(layout, separators=(",", ":"))},
-            b"",
-            digest_of(tensors),
-        )
+        page = self.page(sum(_padded(item.nbytes) for item in items_of(bucket).values()))
+        for name, item in items_of(bucket).items():
+            page.add(name, made(item))
+        return page.parcel()
+
+    def page(self, size: int) -> Page:
+        """Begin a bucket of at most this many bytes in the file whose turn it is; tensors go there one by one.
+
+        Raises:
+            SyncError: if the file system has no room for it.
+        """
+        return Page(self._slot_of(max(size, _ALIGN)))
 
     def release(self) -> None:
         """Free the files."""
@@ -99,6 +100,39 @@ class Sender:
             self._slots[self._turn] = None
             slot = self._slots[self._turn] = _Slot(self._folder.path, size)
         return slot
+
+
+class Page:
+    """A bucket that is being written: each tensor is copied to its place when it comes, and not kept."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self._slot = slot
+        self._layout: Layout = []
+        self._names: set[str] = set()
+        self._end = 0
+
+    def has_room(self, tensor: Tensor) -> bool:
+        """Whether the tensor fits behind those that are there."""
+        return self._end + tensor.nbytes <= self._slot.size
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy a tensor of any device.
+
+        Raises:
+            MismatchError: if the name was there before.
+        """
+        if name in self._names:
+            raise comes_twice(name)
+        self._slot.write(tensor, self._end, name)
+        self._layout.append((name, dtype_name(tensor.dtype), list(tensor.shape), self._end))
+        self._names.add(name)
+        self._end += _padded(tensor.nbytes)
+
+    def parcel(self) -> Parcel:
+        """The bucket, ready to travel, with a digest of what was written."""
+        layout = json.dumps(self._layout, separators=(",", ":"))
+        digest = digest_of(_views(self._slot.bytes, self._layout))
+        return Parcel(NAME, {"file": self._slot.path.name, "layout": layout}, b"", digest)
 
 
 class _Slot:
@@ -200,13 +234,8 @@ Layout = list[tuple[str, str, list[int], int]]
 """Name, dtype, shape and offset of each tensor in a file."""
 
 
-def _layout(bucket: Bucket) -> tuple[Layout, int]:
-    layout: Layout = []
-    at = 0
-    for name, item in items_of(bucket).items():
-        layout.append((name, dtype_name(item.dtype), list(item.shape), at))
-        at += -(-item.nbytes // _ALIGN) * _ALIGN
-    return layout, max(at, 1)
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
 
 
 def _parsed(text: str) -> Layout:
