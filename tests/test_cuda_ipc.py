@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorasync as ls
+from lorasync.bucket import Held, Item, Lent, made
 from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase
 from lorasync.kernels.checksum import Checksum
-from lorasync.lent import Held, Item, Lent, made
 from lorasync.transport.cuda_ipc import NO_SHARED_GPU, Receiver, Sender
 from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text, handles_from_text
 from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, from_text

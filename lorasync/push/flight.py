@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket
     from lorasync.push.session import EngineSession
     from lorasync.transport.base import Parcel
     from lorasync.transport.post import Post

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorasync.lent import Lent
+from lorasync.bucket import Lent
 from lorasync.wire import digest_of_parts
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket
     from lorasync.push.flight import Flight
     from lorasync.verify import LogprobGap
 

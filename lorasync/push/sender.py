@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasync.lent import NOTHING
+from lorasync.bucket import NOTHING
 from lorasync.push.buckets import buckets
 from lorasync.push.pause import stoppable
 from lorasync.push.report import SyncReport, Totals, timed
@@ -19,7 +19,7 @@ from lorasync.transport.cuda_ipc import gpu_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lorasync.lent import Bucket, Lent
+    from lorasync.bucket import Bucket, Lent
     from lorasync.push.engines import Engines
     from lorasync.push.handshake import Handshake
     from lorasync.push.pause import Stop

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorasync.bucket import Recurring
 from lorasync.kernels import GroupedMerge, PendingMerge
-from lorasync.lent import Recurring
 from lorasync.receive.windows import Rectangle, is_rectangle
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from lorasync.bucket import Recurring
 from lorasync.errors import Mismatch, MismatchError, PayloadError
-from lorasync.lent import Recurring
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasync.bucket import made
 from lorasync.errors import SyncError
 from lorasync.kernels import PendingMerge
-from lorasync.lent import made
 from lorasync.receive.direct import DirectWrites
 from lorasync.receive.live import layer_name
 from lorasync.receive.reload import FreshLayer, load_counted

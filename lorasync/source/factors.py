@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from lorasync.bucket import NOTHING, Held, LastLent, Lent
 from lorasync.errors import AdapterError, UnmergeableError
-from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.source.base import packed
 from lorasync.source.describe import checkpoint_names, describe
 from lorasync.source.finite import FiniteCheck, Input

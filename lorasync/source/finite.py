@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lorasync.bucket import addresses
 from lorasync.errors import NonFiniteError
 from lorasync.kernels import Peaks, largest
-from lorasync.lent import addresses
 from lorasync.source.base import scale_bound
 from lorasync.zero import can_be_sharded, is_sharded
 from lorasync.zero.gather import held_part

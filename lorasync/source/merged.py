@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasync.lent import NOTHING, Held, LastLent, Lent
+from lorasync.bucket import NOTHING, Held, LastLent, Lent
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.exclude import patterns, refuse_trained_out, without

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.base_check import positions
-from lorasync.lent import addresses
+from lorasync.bucket import addresses
 from lorasync.zero import can_be_sharded
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasync.kernels import PendingMerge
 
 if TYPE_CHECKING:
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket
 
 Received = Mapping[str, Tensor | PendingMerge]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from lorasync.bucket import Bucket, Lent
 from lorasync.errors import PayloadError
-from lorasync.lent import Bucket, Lent
 from lorasync.transport.base import Parcel, Place, Received
 
 if TYPE_CHECKING:

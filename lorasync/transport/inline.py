@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasync.bucket import Bucket, items_of, made
 from lorasync.errors import PayloadError
-from lorasync.lent import Bucket, items_of, made
 from lorasync.transport.base import Parcel, Place, Received
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import pack, unpack

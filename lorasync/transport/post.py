@@ -10,7 +10,7 @@ from lorasync.transport import cuda_ipc, in_process, inline, shared_memory
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket
     from lorasync.transport.base import Parcel, Place, Sender
 
 CHEAPEST_FIRST = (in_process.NAME, cuda_ipc.NAME, shared_memory.NAME, inline.NAME)

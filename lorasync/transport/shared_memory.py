@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorasync.bucket import Bucket, items_of, made, nbytes_of
 from lorasync.errors import PayloadError
-from lorasync.lent import Bucket, items_of, made, nbytes_of
 from lorasync.transport.base import Parcel, Place, Received
 from lorasync.transport.folder import Folder, opened, room_in
 from lorasync.transport.inline import SMALL, check_digest

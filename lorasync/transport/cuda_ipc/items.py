@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorasync.bucket import Held, Item, Recurring, made, unwrapped
 from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase, merge_job
 from lorasync.kernels.checksum import can_be_summed
-from lorasync.lent import Held, Item, Recurring, made, unwrapped
 from lorasync.wire import dtype_name, dtype_of
 
 if TYPE_CHECKING:

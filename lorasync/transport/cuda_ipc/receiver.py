@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.lent import Recurring
+    from lorasync.bucket import Recurring
 
 
 class Receiver:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorasync.bucket import Lent, items_of, made
 from lorasync.kernels import PendingMerge, RepeatedMerge
 from lorasync.kernels.checksum import Checksum
-from lorasync.lent import Lent, items_of, made
 from lorasync.transport.base import Parcel, Place
 from lorasync.transport.cuda_ipc.handle import NAME, NO_SHARED_GPU, Handle, gpu_of, handles_as_text
 from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, is_lendable
@@ -17,7 +17,7 @@ from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, is_lenda
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lorasync.lent import Bucket, Item
+    from lorasync.bucket import Bucket, Item
 
 _ALIGN = 256
 

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 
 import lorasync as ls
+from lorasync.bucket import made
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError
 from lorasync.kernels import Peaks, PendingMerge
-from lorasync.lent import made
 from lorasync.load import load_quantized
 from lorasync.presets import NF4
 from tests import models
