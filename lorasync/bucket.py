@@ -1,10 +1,9 @@
-"""What a source lends to a receiver that reads at once: the model's own memory instead of copies of it."""
+"""`Bucket`: weights that travel together; and `Latest`, which skips work while a bucket is the same as last time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,110 +11,89 @@ from torch import Tensor
 from lorasync.kernels import PendingMerge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Item = Tensor | PendingMerge
+"""One weight: a tensor, or a merge that the consumer makes."""
+
+T = TypeVar("T")
+ItemT = TypeVar("ItemT", bound=Item)
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A tensor of the model's own that needs no work; it is only read, and before the model changes.
+class Bucket(dict[str, ItemT]):
+    """Weights by checkpoint name, in the order in which they travel; filled before it is passed on, and then only read.
 
-    Example:
-        >>> import torch
-        >>> weight = torch.zeros(2, 3)
-        >>> Held(weight).shape, Held(weight).tensor.data_ptr() == weight.data_ptr()
-        ((2, 3), True)
-    """
+    A bucket with a key is reused: same names, same storages, new values. The key stays the same object for as long as names,
+    dtypes, shapes and places stay. A consumer prepares once for each key (`Latest`) and reads the values at each push. The
+    storages of a reused bucket belong to its producer, who writes to them after the push.
 
-    param: Tensor
-
-    @property
-    def tensor(self) -> Tensor:
-        """The values, without a gradient."""
-        return self.param.detach()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self.param.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its dtype."""
-        return self.param.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.param.device
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self.param.nbytes
-
-
-Item = Tensor | Held | PendingMerge
-"""One weight on its way: a tensor that is the consumer's own, or something lent."""
-
-
-class Recurring(dict[str, Tensor | PendingMerge]):
-    """A bucket that comes again as the same object, with other values where its tensors lie."""
-
-
-@dataclass(frozen=True, eq=False)
-class Lent:
-    """All that a source lends, by name: the same object again for as long as everything lies where it lay.
-
-    So whoever takes it prepares once, and from then on looks at one object instead of hundreds.
+    Args:
+        items: The weights.
+        key: What stays the same; None for a bucket that comes once, whose tensors were made for it.
 
     Example:
         >>> import torch
-        >>> lent = Lent({"w": Held(torch.zeros(2, 3))})
-        >>> lent.nbytes, lent.unwrapped["w"].shape
-        (24, torch.Size([2, 3]))
+        >>> bucket = Bucket({"w": torch.zeros(2, 3)})
+        >>> bucket.nbytes, bucket.key
+        (24, None)
     """
 
-    items: dict[str, Held | PendingMerge]
+    def __init__(
+        self, items: Mapping[str, ItemT] | Iterable[tuple[str, ItemT]] = (), *, key: object = None
+    ) -> None:
+        super().__init__(items)
+        self.key = key
 
     @cached_property
     def nbytes(self) -> int:
-        """The bytes of all weights; nothing of that is allocated."""
-        return sum(item.nbytes for item in self.items.values())
+        """The bytes of all weights, once the merges are made."""
+        return sum(item.nbytes for item in self.values())
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:
-        """Where it lies."""
-        return frozenset(item.device for item in self.items.values())
+        """The devices that the weights lie on."""
+        return frozenset(item.device for item in self.values())
 
     @cached_property
-    def unwrapped(self) -> Recurring:
-        """Tensors and merges, as a receiver in this process takes them."""
-        return Recurring((name, unwrapped(item)) for name, item in self.items.items())
+    def has_merges(self) -> bool:
+        """Whether the consumer has to make some of the weights."""
+        return any(isinstance(item, PendingMerge) for item in self.values())
 
 
-NOTHING = Lent({})
-Bucket = Lent | dict[str, Tensor]
-"""What goes to the engines in one call."""
+NOTHING: Bucket[Any] = Bucket()
+"""An empty bucket."""
 
 
-class LastLent:
-    """What was lent last, for as long as it holds."""
+class Latest(Generic[T]):
+    """Keeps what was made for the latest key, and makes it anew for another key.
+
+    Example:
+        >>> latest = Latest[int]()
+        >>> latest.get("a", lambda: 1), latest.get("a", lambda: 2), latest.get("b", lambda: 3)
+        (1, 1, 3)
+    """
 
     def __init__(self) -> None:
-        self._plan: object = None
-        self._lies: list[int] = []
-        self._lent = NOTHING
+        self._kept: tuple[object, T] | None = None
 
-    def get(self, plan: object, tensors: Sequence[Tensor], make: Callable[[], Lent]) -> Lent:
-        """The same as before, if the plan is that object and the tensors lie where they lay; otherwise a new one."""
-        lies = addresses(tensors)
-        if self._plan is not plan or self._lies != lies:
-            self._plan, self._lies, self._lent = plan, lies, make()
-        return self._lent
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """Return what was made for an equal key last time, or else what ``make`` returns.
+
+        Args:
+            key: A bucket's key, or anything else that tells when the work must be done again. None equals no key.
+            make: Does the work. If it raises, what was kept stays.
+        """
+        if key is None:
+            return make()
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where their elements begin; of hundreds, at each push, so packed parameters are not asked through Python.
+    """Return where the elements of each tensor begin.
+
+    It is asked for hundreds of tensors at each push, so packed parameters are not asked through Python.
 
     Example:
         >>> x = torch.zeros(2)
@@ -126,22 +104,6 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, tensors))
 
 
-def items_of(bucket: Bucket) -> Mapping[str, Item]:
-    """The weights of a bucket by name."""
-    return bucket.items if isinstance(bucket, Lent) else bucket
-
-
-def nbytes_of(bucket: Bucket) -> int:
-    """The bytes of all weights of a bucket."""
-    return bucket.nbytes if isinstance(bucket, Lent) else sum(tensor.nbytes for tensor in bucket.values())
-
-
-def unwrapped(item: Item) -> Tensor | PendingMerge:
-    """A tensor that is held as the tensor itself."""
-    return item.tensor if isinstance(item, Held) else item
-
-
 def made(item: Item) -> Tensor:
-    """The weight as a tensor; a merge is made now."""
-    found = unwrapped(item)
-    return found.make() if isinstance(found, PendingMerge) else found
+    """Return a weight as a tensor; a merge is made now."""
+    return item.make() if isinstance(item, PendingMerge) else item

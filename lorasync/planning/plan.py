@@ -33,7 +33,7 @@ class Strategy:
         wire_bytes: what travels at each sync.
         setup_bytes: what travels once, in the handshake.
         worker_bytes: what the workers keep besides the weights that they serve, all ranks together.
-        seconds: what a sync is expected to take by the cost model (`lorasync.planning.cost`); None where no device was named.
+        seconds: what a sync is expected to take by `lorasync.planning.cost`'s model; None where no device was named.
         fidelity: how exactly the engine then serves the trained policy.
         decode: what generating costs compared with merged weights.
     """

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket
     from lorasync.receive.bases import Bases
     from lorasync.receive.load_plan import ManifestEntry
-    from lorasync.receive.remerge import Factors
     from lorasync.receive.served import ServedModel
 
 
@@ -60,8 +60,8 @@ class FactorApplier:
         self._live.check_writable()
         self._refuse_cut_dora()
         self._packed_parts: dict[str, torch.Tensor] = {}
-        self._serving: dict[str, torch.Tensor] | None = None
-        self._previous: dict[str, torch.Tensor] | None = None
+        self._serving: Bucket[torch.Tensor] | None = None
+        self._previous: Bucket[torch.Tensor] | None = None
         self._torn = False
         self._foreign = self._trained.changed_by_others(served, self._live)
         self._names = sorted(self._edits)
@@ -73,10 +73,10 @@ class FactorApplier:
     def describe(self) -> Described:
         return Described(notes=tuple(ignored_notes(self._live.plan)))
 
-    def receive(self, tensors: Factors) -> None:
-        self._staging.add(tensors)
+    def receive(self, bucket: Bucket[torch.Tensor]) -> None:
+        self._staging.add(bucket)
 
-    def receive_base(self, tensors: Factors) -> None:
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._packed_parts.update(
             {name: tensor.to(self._served.device, copy=True) for name, tensor in tensors.items()}
         )

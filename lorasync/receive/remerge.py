@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.kernels import Base, GroupedMerge, MergeJob
 from lorasync.merge import add_delta, low_rank_delta
 from lorasync.receive.edits import edited
@@ -19,18 +19,18 @@ from lorasync.receive.writer import LiveWriter
 from lorasync.source.spec import FactorModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from lorasync.receive.bases import Bases
     from lorasync.receive.edits import Edit
     from lorasync.receive.live import LiveModel
     from lorasync.receive.served import ServedModel
 
-Factors = Mapping[str, torch.Tensor]
+Factors = Bucket[torch.Tensor]
 
 
 class Remerge:
-    """Merges factors into the live weights; `apply` may be called with any number of factors.
+    """Merges factors into the live weights; `apply` may be called with any number of buckets of factors that are reused.
 
     Args:
         served: What the worker serves.
@@ -69,8 +69,7 @@ class Remerge:
         self._written = {row.param for row in rows}
         self.params = fed_by(live.plan, names)
         """The parameters that a merge writes to."""
-        # By the identity of the factors, which are kept with it: their memory is used again.
-        self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
+        self._merges: dict[object, tuple[GroupedMerge, StreamedMerges]] = {}  # by the key of the factors
 
     def apply(self, factors: Factors) -> None:
         """Merge into the live weights, and derive anew what the engine derives from them.
@@ -88,12 +87,12 @@ class Remerge:
     def _run_kernels(self, factors: Factors) -> None:
         if not (self._grouped or self._streamed):
             return
-        if id(factors) not in self._merges:
+        if factors.key not in self._merges:
             job = self._jobs_of(factors)
             grouped = GroupedMerge([job(row, self._bases.rectangle(row)) for row in self._grouped])
             streamed = StreamedMerges(self._streamed, self._bases.rectangle, job, self._buffer)
-            self._merges[id(factors)] = (factors, grouped, streamed)
-        _, grouped, streamed = self._merges[id(factors)]
+            self._merges[factors.key] = (grouped, streamed)
+        grouped, streamed = self._merges[factors.key]
         grouped.run()
         streamed.run()
 
@@ -101,7 +100,7 @@ class Remerge:
         writer = LiveWriter(self._live)
         try:
             for names in self._loads:
-                writer.write({name: self._merged(name, factors) for name in names})
+                writer.write(Bucket({name: self._merged(name, factors) for name in names}))
         except BaseException:
             writer.undo()
             raise

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket, Item
     from lorasync.receive.live import LiveModel, Unit
 
 
@@ -36,14 +37,14 @@ class LiveWriter:
         self._written: set[str] = set()
         self.touched = False
 
-    def write(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
+    def write(self, bucket: Bucket[Item]) -> None:
         """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one.
 
         Raises:
             MismatchError: VLLM's loader did not write what the load plan says.
         """
-        direct = self._writes.of(tensors)
-        self.touched |= bool(tensors)
+        direct = self._writes.of(bucket)
+        self.touched |= bool(bucket)
         direct.write()
         self._written |= direct.params
         come = set()

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorasync.bucket import Bucket, items_of, made, nbytes_of
+from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError
-from lorasync.transport.base import Parcel, Place, Received
+from lorasync.transport.base import Parcel, Place
 from lorasync.transport.folder import Folder, opened, room_in
 from lorasync.transport.inline import SMALL, check_digest
 from lorasync.wire.tensors import digest as digest_of
@@ -51,11 +51,11 @@ class Sender:
             self._folder = Folder()
         return {"folder": str(self._folder.path)}
 
-    def takes(self, bucket: Bucket, place: Place) -> bool:  # noqa: ARG002
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
         """Any bucket that is not cheaper in the call itself."""
-        return nbytes_of(bucket) > SMALL
+        return bucket.nbytes > SMALL
 
-    def put(self, bucket: Bucket) -> Parcel:
+    def put(self, bucket: Bucket[Item]) -> Parcel:
         """Write the bucket into the file whose turn it is, and hash what was written.
 
         Raises:
@@ -63,7 +63,7 @@ class Sender:
         """
         layout, size = _layout(bucket)
         slot = self._slot_of(size)
-        for (name, item), (_, _, _, at) in zip(items_of(bucket).items(), layout, strict=True):
+        for (name, item), (_, _, _, at) in zip(bucket.items(), layout, strict=True):
             slot.write(made(item), at, name)
         tensors = _views(slot.bytes, layout)
         return Parcel(
@@ -154,12 +154,12 @@ class Receiver:
         self._folder = found
         return ""
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:  # noqa: ARG002
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:  # noqa: ARG002
         """Views of the mapped file, of which a digest was made anew; the trainer writes there again after the answer."""
         layout = _parsed(fields.get("layout", ""))
         tensors = _views(self._bytes_of(fields.get("file", ""), _end(layout)), layout)
         check_digest(digest_of(tensors), digest)
-        return tensors
+        return Bucket(tensors)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -196,10 +196,10 @@ Layout = list[tuple[str, str, list[int], int]]
 """Name, dtype, shape and offset of each tensor in a file."""
 
 
-def _layout(bucket: Bucket) -> tuple[Layout, int]:
+def _layout(bucket: Bucket[Item]) -> tuple[Layout, int]:
     layout: Layout = []
     at = 0
-    for name, item in items_of(bucket).items():
+    for name, item in bucket.items():
         layout.append((name, dtype_name(item.dtype), list(item.shape), at))
         at += -(-item.nbytes // _ALIGN) * _ALIGN
     return layout, max(at, 1)
