@@ -9,7 +9,7 @@ from lorasync.errors import Mismatch, MismatchError, SyncError, UnmergeableError
 from lorasync.receive.bases import MixedBases, PackedBases
 from lorasync.receive.described import Described
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
-from lorasync.receive.edits import entries_by_weight, refuse_not_mergeable
+from lorasync.receive.mergeable import entries_by_weight, refuse_not_mergeable
 from lorasync.receive.remerge import Remerge
 from lorasync.receive.restore import Restore
 from lorasync.receive.staging import Staging, parsed
