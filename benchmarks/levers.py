@@ -92,8 +92,8 @@ def measure(model: str, lever: dict[str, Any], tokens: int) -> dict[str, Any]:
     from ds_worker import init_distributed
     from peft import get_peft_model
 
-    from lorasync.estimate import LiveBytes, estimate_memory
     from lorasync.load import load_quantized
+    from lorasync.planning.memory import LiveBytes, estimate_memory
     from lorasync.presets import QLORA_ZERO2
 
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"

@@ -1,8 +1,8 @@
-"""Where does each way of syncing win, and what breaks first? On paper: `lorasync.push.cost` from 8B to 1T parameters.
+"""Where does each way of syncing win, and what breaks first? On paper: `lorasync.planning.cost` from 8B to 1T parameters.
 
     python benchmarks/scaling.py            writes docs/img/scaling_*.svg and prints the tables of docs/scaling.md
 
-Nothing is measured here. The device's constants were (see lorasync/push/cost.py), the links are nominal.
+Nothing is measured here. The device's constants were (see lorasync/planning/cost.py), the links are nominal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # instead of this folder: its names could shadow others
 
-from lorasync.push.cost import ETHERNET10, H100, IB400, NVLINK, Cost, Job, Link, sync_seconds
+from lorasync.planning.cost import ETHERNET10, H100, IB400, NVLINK, Cost, Job, Link, sync_seconds
 
 IMAGES = ROOT / "docs" / "img"
 LINKS = (NVLINK, IB400, ETHERNET10)

@@ -27,7 +27,7 @@ import gpu_parts as parts
 import sync_reports
 from gpu_parts import say
 
-from lorasync.push.cost import CUDA_IPC, H100, Job, sync_seconds
+from lorasync.planning.cost import CUDA_IPC, H100, Job, sync_seconds
 
 ALL = "--ways factors,merged,adapter,merge_adapter,PEFT --drift --no-decode --repeats 10"
 RUNS = (
@@ -94,9 +94,9 @@ def head(options: argparse.Namespace) -> list[str]:
         (
             f"{parts.circumstances(options)} Each run: `python benchmarks/sync_gpu.py {ALL}` and what its rows say. "
             "bf16 trainer and factors, r=64 and one process unless it says otherwise; medians, each sync with a new "
-            "adapter. Model: what `lorasync.push.cost` predicts with the H100's constants and the copy bandwidth measured "
-            "in the run. Drift: the largest difference of a weight from the base after 100 syncs and one of an adapter that "
-            "is zero."
+            "adapter. Model: what `lorasync.planning.cost` predicts with the H100's constants and the copy bandwidth "
+            "measured in the run. Drift: the largest difference of a weight from the base after 100 syncs and one of an "
+            "adapter that is zero."
         ),
         "",
         "| run | way | MB a sync | floor, ms | ms | × floor | model, ms | extra MB | drift |",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lorasync.errors import LorasyncError
     from lorasync.merge import merge_lora
     from lorasync.names import checkpoint_name
+    from lorasync.planning.plan import plan
     from lorasync.presets import FP4, INT8, LORA_ZERO3, NF4, QLORA_ZERO2
-    from lorasync.push.plan import plan
     from lorasync.source import FactorSource, MergedSource, ParamMeta
     from lorasync.zero import check_zero, gathered, inspect_zero
 
@@ -28,7 +28,7 @@ _HOMES = {
     "merge_lora": "merge",
     "checkpoint_name": "names",
     **dict.fromkeys(("FP4", "INT8", "LORA_ZERO3", "NF4", "QLORA_ZERO2"), "presets"),
-    "plan": "push.plan",
+    "plan": "planning.plan",
     **dict.fromkeys(("FactorSource", "MergedSource", "ParamMeta"), "source"),
     **dict.fromkeys(("check_zero", "gathered", "inspect_zero"), "zero"),
 }

@@ -100,7 +100,7 @@ def plan(
     served = dtype_of("--dtype", dtype)
     check_plot("--plot", plot)
     model = _policy(base, adapter, served)
-    from lorasync.push.plan import plan as plan_of
+    from lorasync.planning.plan import plan as plan_of
     from lorasync.source import MergedSource
 
     say(str(plan_of(model)))

@@ -215,7 +215,7 @@ def lends_alone(model: Any) -> bool:
         stream = iter(source)
         if dist.get_rank() == 0:
             lent, stream = source.lend(**checked)
-            expected = {name: tensor for name, tensor in expected.items() if name not in lent.items}
+            expected = {name: tensor for name, tensor in expected.items() if name not in lent}
         dist.all_reduce(torch.ones(1))
         found = dict(stream)
         same.append(found.keys() == expected.keys() and all(same_bits(found[n], expected[n]) for n in found))

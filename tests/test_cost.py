@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from lorasync.push.cost import CUDA_IPC, H100, H200, IB400, Device, Job, Link, merge_seconds, sync_seconds
+from lorasync.planning.cost import CUDA_IPC, H100, H200, IB400, Device, Job, Link, merge_seconds, sync_seconds
 
 # benchmarks/results/kernels_qwen2-7b_h100_202611.md, replayed from a CUDA graph: no overhead of the call.
 QWEN2_7B = Job(merged=6.525e9, untouched=1.09e9, factors=161e6, rank=64)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorasync as ls
+from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase
 from lorasync.kernels.checksum import Checksum
-from lorasync.lent import Held, Item, Lent, made
 from lorasync.transport.cuda_ipc import NO_SHARED_GPU, Receiver, Sender
 from lorasync.transport.cuda_ipc.handle import Handle, handles_as_text, handles_from_text
 from lorasync.transport.cuda_ipc.items import Parts, Storages, as_text, from_text
@@ -81,7 +81,7 @@ def merge_into(merge: PendingMerge, out: torch.Tensor) -> None:
 def test_tensors_are_read_back_as_they_were() -> None:
     whole = torch.arange(100, dtype=torch.float32)
     bucket: dict[str, Item] = {
-        "held": Held(torch.nn.Parameter(torch.randn(3, 5))),
+        "held": torch.nn.Parameter(torch.randn(3, 5)).detach(),
         "part": whole[10:20].view(2, 5),
         "again": whole[50:],
         "small": torch.arange(7, dtype=torch.int8),
@@ -97,7 +97,7 @@ def test_tensors_are_read_back_as_they_were() -> None:
 def test_a_model_is_lent_as_a_whole() -> None:
     """Everything that a source lends of a real model comes back in the same values."""
     policy = models.with_adapter(models.tiny_llama())
-    lent = ls.MergedSource(policy).lend()[0].items
+    lent = ls.MergedSource(policy).lend()[0]
     back = read_back(lent)
     for name, tensor in ls.MergedSource(policy):
         got = back[name].make() if isinstance(back[name], PendingMerge) else back[name]
@@ -228,7 +228,7 @@ def test_a_trainer_without_a_gpu_does_not_offer_it_and_sends_nothing_by_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert torch.cuda.is_available() or Sender().offer() is None
-    bucket = {"w": torch.zeros(4)}
+    bucket: Bucket[Item] = Bucket({"w": torch.zeros(4)})
     for gpu in ("", "GPU-of-an-engine"):
         assert not Sender().takes(bucket, SimpleNamespace(name="engine", ways=("cuda_ipc",), gpu=gpu))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -254,7 +254,7 @@ def test_a_bucket_is_the_same_for_both_and_kept(monkeypatch: pytest.MonkeyPatch)
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     held, merge = torch.nn.Parameter(torch.randn(4, 4)), a_merge(bases()["nf4"])
     askew = torch.zeros(3, 2).T
-    lent = Lent({"held": Held(held), "merge": merge, "askew": Held(askew)})
+    lent: Bucket[Item] = Bucket({"held": held.detach(), "merge": merge, "askew": askew}, key=object())
     parcels, buckets = [], []
     for step in range(3):
         held.data.fill_(step)
@@ -276,12 +276,12 @@ def test_what_a_source_made_is_copied_into_a_buffer(monkeypatch: pytest.MonkeyPa
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     for step in range(3):
         for names in ("ab", "cd"):  # two buckets, one buffer
-            made_now = {name: torch.full((5,), float(step), dtype=torch.bfloat16) for name in names}
+            made_now = Bucket({name: torch.full((5,), float(step), dtype=torch.bfloat16) for name in names})
             parcel = sender.put(made_now)
             bucket = receiver.take(parcel.fields, b"", parcel.digest)
             assert {name: t.tolist() for name, t in bucket.items()} == {n: [step] * 5 for n in names}  # type: ignore[union-attr]
     assert len(here.shown) == 2
-    sender.put({"a": torch.zeros(1000)})
+    sender.put(Bucket({"a": torch.zeros(1000)}))
     assert len(here.shown) == 3
 
 
@@ -289,10 +289,10 @@ def test_what_moves_is_shown_anew_and_the_old_is_let_go(monkeypatch: pytest.Monk
     here = HereOnly(monkeypatch)
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     param = torch.nn.Parameter(torch.zeros(4))
-    first = sender.put(Lent({"w": Held(param)}))
+    first = sender.put(Bucket({"w": param.detach()}, key=object()))
     receiver.take(first.fields, b"", first.digest)
     param.data = torch.ones(4)
-    second = sender.put(Lent({"w": Held(param)}))
+    second = sender.put(Bucket({"w": param.detach()}, key=object()))
     assert second.fields["handles"] != first.fields["handles"]
     assert receiver.take(second.fields, b"", second.digest)["w"].tolist() == [1.0] * 4  # type: ignore[union-attr]
     assert len(receiver._pages) == 1
@@ -303,10 +303,10 @@ def test_after_a_failed_push_the_buffer_is_kept_and_after_the_end_it_is_not(
 ) -> None:
     here = HereOnly(monkeypatch)
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
-    first = sender.put({"w": torch.ones(4)})
+    first = sender.put(Bucket({"w": torch.ones(4)}))
     assert receiver.take(first.fields, b"", first.digest)["w"].tolist() == [1.0] * 4  # type: ignore[union-attr]
     sender.release()
-    assert sender.put({"w": torch.zeros(4)}).fields == first.fields
+    assert sender.put(Bucket({"w": torch.zeros(4)})).fields == first.fields
     sender.close()
     receiver.close()
     assert not sender._buffer.numel()
@@ -319,7 +319,7 @@ def test_altered_bytes_are_not_read(monkeypatch: pytest.MonkeyPatch, where: str)
     here = HereOnly(monkeypatch)
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     held, merge = torch.zeros(4), a_merge(bases()["plain"])
-    parcel = sender.put(Lent({"held": Held(held), "merge": merge}))
+    parcel = sender.put(Bucket({"held": held, "merge": merge}, key=object()))
     changes = {"held": held, "base": merge.base.weight, "a": merge.lora_a}  # type: ignore[union-attr]
     changes[where].view(torch.uint8)[0] ^= 1
     with pytest.raises(PayloadError, match="bytes were altered"):
@@ -330,7 +330,7 @@ def test_a_base_that_was_written_to_is_summed_up_again(monkeypatch: pytest.Monke
     here = HereOnly(monkeypatch)
     sender, receiver = Sender(here.export), Receiver(torch.device("cpu"))
     merge = a_merge(bases()["plain"])
-    lent = Lent({"merge": merge})
+    lent: Bucket[Item] = Bucket({"merge": merge}, key=object())
     for _ in range(2):
         parcel = sender.put(lent)
         receiver.take(parcel.fields, b"", parcel.digest)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lorasync.estimate import LiveBytes, MemoryEstimate, estimate_memory
+from lorasync.planning.memory import LiveBytes, MemoryEstimate, estimate_memory
 from lorasync.presets import INT8, LORA_ZERO3, NF4, QLORA_ZERO2, TrainPreset
 
 MODEL = LlamaConfig(

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 import lorasync as ls
 from lorasync import base_check, wire
+from lorasync.bucket import Bucket
 from lorasync.errors import LorasyncError, Mismatch, MismatchError, PayloadError
 from lorasync.push.answers import read_answers
 from lorasync.source import FactorSpec, base_samples
@@ -27,11 +28,13 @@ from lorasync.transport.base import Parcel
 from tests import fuzz
 
 SEEDS = st.integers(min_value=0, max_value=2**64)
-TENSORS = {
-    "a": torch.arange(6.0).reshape(2, 3),
-    "b": torch.ones(4, dtype=torch.bfloat16),
-    "c": torch.zeros(0, 2),
-}
+TENSORS = Bucket(
+    {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.ones(4, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 2),
+    }
+)
 MANIFEST = [(n, t.dtype, tuple(t.shape)) for n, t in TENSORS.items()]
 GOOD = wire.pack(TENSORS)
 few = settings(max_examples=400, deadline=None)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import lorasync as ls
 from lorasync.errors import MismatchError
 from lorasync.push import MergeInWorker, connect
-from lorasync.receive.edits import ways_to_merge
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
+from lorasync.receive.mergeable import ways_to_merge
 from lorasync.receive.planner import record_plan
 from lorasync.receive.served import notes_of
 from tests import families, models, served

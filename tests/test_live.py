@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.errors import MismatchError, SyncError
 from lorasync.receive.live import LiveModel
 from lorasync.receive.load_plan import check_complete
@@ -27,7 +28,7 @@ def push(live: LiveModel, tensors: dict[str, torch.Tensor], *, at_once: int = 5)
     writer = LiveWriter(live)
     names = list(tensors)
     for start in range(0, len(names), at_once):
-        bucket = {name: tensors[name].clone() for name in names[start : start + at_once]}
+        bucket = Bucket({name: tensors[name].clone() for name in names[start : start + at_once]})
         writer.write(bucket)
         for tensor in bucket.values():
             tensor.zero_()
@@ -84,7 +85,7 @@ def test_a_loader_that_leaves_a_tensor_out_is_noticed_and_the_layer_keeps_its_we
         start = served.everything(model)
         model.load_weights = dropping(model.load_weights, "layers.1.self_attn.q_proj")
         writer = LiveWriter(live)
-        layer = {n: t for n, t in tensors.items() if "layers.1.self_attn" in n and "o_proj" not in n}
+        layer = Bucket((n, t) for n, t in tensors.items() if "layers.1.self_attn" in n and "o_proj" not in n)
         with pytest.raises(MismatchError, match=r"layers\.1\.self_attn\.qkv_proj\.weight: got 8192 elements"):
             writer.write(layer)
         assert writer.touched
@@ -103,7 +104,7 @@ def test_a_pass_that_is_given_up_leaves_incomplete_layers_as_they_were(two_llama
         live = live_model(model, config, tensors)
         start = served.everything(model)
         writer = LiveWriter(live)
-        writer.write({n: t for n, t in tensors.items() if "layers.0.self_attn.q_proj" in n})
+        writer.write(Bucket((n, t) for n, t in tensors.items() if "layers.0.self_attn.q_proj" in n))
         with pytest.raises(SyncError, match=r"layers\.0\.self_attn\.qkv_proj: part of their tensors never"):
             writer.finish()
         writer.undo()

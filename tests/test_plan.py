@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import lorasync as ls
-from lorasync.push.cost import ETHERNET10, H100
-from lorasync.push.plan import plan
+from lorasync.planning.cost import ETHERNET10, H100
+from lorasync.planning.plan import plan
 from tests import models
 
 

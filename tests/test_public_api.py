@@ -17,7 +17,7 @@ MODULES = (
     "lorasync",
     "lorasync.load",
     "lorasync.push",
-    "lorasync.push.plan",
+    "lorasync.planning.plan",
     "lorasync.verify",
     "lorasync.export",
     "lorasync.errors",

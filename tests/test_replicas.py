@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.errors import EngineNotReadyError, MismatchError, SyncError
 from lorasync.push.belonging import named_engines
 from lorasync.push.engines import Engines
 from lorasync.wire import manifest_as_text
 from tests.stub_engine import StubLLM, raising
 
-BUCKET = {"w": torch.arange(6.0).reshape(2, 3)}
+BUCKET = Bucket({"w": torch.arange(6.0).reshape(2, 3)})
 MANIFEST = manifest_as_text([("w", torch.float32, (2, 3))])
 
 

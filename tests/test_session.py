@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.errors import EngineNotReadyError, PayloadError, StaleVersionError, SyncError, SyncTimeoutError
 from lorasync.push.answers import check_digests, check_version, failure, read_answers, slowest
 from lorasync.push.session import EngineSession
@@ -20,7 +21,7 @@ from lorasync.transport.post import Post
 from lorasync.wire import PROTOCOL, Answer, manifest_as_text
 from tests.stub_engine import StubLLM, raising
 
-BUCKET = {"w": torch.arange(6.0).reshape(2, 3)}
+BUCKET = Bucket({"w": torch.arange(6.0).reshape(2, 3)})
 MANIFEST = manifest_as_text([("w", torch.float32, (2, 3))])
 LOAD, MERGE, ADAPTER = '{"kind": "load"}', '{"kind": "merge"}', '{"kind": "adapter"}'
 

@@ -128,7 +128,7 @@ def test_names_that_are_excluded_are_not_streamed_and_the_others_are_what_they_w
     assert list(rest) == [meta.name for meta in source.metadata()]
     assert all(torch.equal(tensor, everything[name]) for name, tensor in rest.items())
     lent, others = source.lend()
-    assert {*lent.items, *dict(others)} == rest.keys()
+    assert {*lent, *dict(others)} == rest.keys()
 
 
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.errors import MismatchError, PayloadError, SyncError
 from lorasync.push.buckets import buckets
 from lorasync.transport import in_process, inline, shared_memory
@@ -24,14 +25,16 @@ from lorasync.transport.post import Post, ways_taken
 from lorasync.transport.receivers import Receivers
 from lorasync.wire import digest
 
-BUCKET = {
-    "a": torch.arange(6.0).reshape(2, 3),
-    "b": torch.arange(5, dtype=torch.uint8),
-    "c": torch.randn(3, 5).to(torch.bfloat16),
-    "none": torch.zeros(0, 4),
-    "scalar": torch.tensor(3, dtype=torch.int64),
-    "cut": torch.arange(12.0).reshape(3, 4).t(),
-}
+BUCKET = Bucket(
+    {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.arange(5, dtype=torch.uint8),
+        "c": torch.randn(3, 5).to(torch.bfloat16),
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "cut": torch.arange(12.0).reshape(3, 4).t(),
+    }
+)
 CPU = torch.device("cpu")
 
 
@@ -88,7 +91,7 @@ def test_small_buckets_ride_in_the_call():
     post = Post()
     _, place = agreed(post)
     assert post.way_of(BUCKET, place) == "inline"
-    large = {"w": torch.zeros(inline.SMALL + 1, dtype=torch.uint8)}
+    large = Bucket({"w": torch.zeros(inline.SMALL + 1, dtype=torch.uint8)})
     assert post.way_of(large, place) == "shared_memory"
     assert post.way_of(large, Place(("inline",))) == "inline"
     post.close()
@@ -105,7 +108,7 @@ def test_a_bucket_is_written_once_for_all_engines_that_it_goes_to_in_the_same_wa
 def test_two_files_take_turns_and_the_one_before_stays_readable(post):
     receivers, _ = agreed(post)
     sender = post._senders["shared_memory"]
-    made = [{"w": torch.full((1000,), float(n))} for n in range(5)]
+    made = [Bucket({"w": torch.full((1000,), float(n))}) for n in range(5)]
     parcels = [sender.put(bucket) for bucket in made[:2]]
     for parcel, bucket in zip(parcels, made, strict=False):
         assert same(receivers.take("shared_memory", parcel.fields, b"", parcel.digest), bucket)
@@ -120,7 +123,7 @@ def test_a_larger_bucket_gets_a_larger_file_and_the_small_one_goes(post):
     receivers, _ = agreed(post)
     sender = post._senders["shared_memory"]
     for size in (10, 10, 100_000, 50, 200_000):
-        bucket = {"w": torch.arange(size)}
+        bucket = Bucket({"w": torch.arange(size)})
         parcel = sender.put(bucket)
         assert same(receivers.take("shared_memory", parcel.fields, b"", parcel.digest), bucket)
         assert len(files(post)) <= 2
@@ -137,7 +140,7 @@ def files(post: Post) -> list[Path]:
 @pytest.mark.parametrize("way", ["shared_memory", "inline"])
 def test_any_altered_byte_is_refused(post, way):
     receivers, _ = agreed(post)
-    (parcel,) = post.parcels({"w": torch.arange(64, dtype=torch.uint8)}, [Place((way,))])
+    (parcel,) = post.parcels(Bucket({"w": torch.arange(64, dtype=torch.uint8)}), [Place((way,))])
     payload = bytearray(parcel.payload)
     if way == "inline":
         payload[-7] ^= 1
@@ -155,7 +158,7 @@ def test_any_altered_byte_is_refused(post, way):
 
 def test_a_file_that_was_cut_is_refused_before_it_is_read(post):
     receivers, _ = agreed(post)
-    (parcel,) = post.parcels({"w": torch.arange(10_000)}, [Place(("shared_memory",))])
+    (parcel,) = post.parcels(Bucket({"w": torch.arange(10_000)}), [Place(("shared_memory",))])
     receivers.take("shared_memory", parcel.fields, b"", parcel.digest)
     (file,) = files(post)
     os.truncate(file, 100)
@@ -178,7 +181,7 @@ def test_sending_again_and_again_takes_no_more_memory_and_no_more_handles(post):
         return pages * os.sysconf("SC_PAGE_SIZE") // 1024, len(list(Path("/proc/self/fd").iterdir()))
 
     receivers, place = agreed(post)
-    bucket = {str(i): torch.ones(8, 8) for i in range(100)}
+    bucket = Bucket({str(i): torch.ones(8, 8) for i in range(100)})
     for pushes in (200, 1000):
         before = taken()
         for _ in range(pushes):

@@ -1,7 +1,7 @@
 """Merge kernels: W + s·B·A from a plain, 4-bit or 8-bit base into live weights, in one pass."""
 
 from lorasync.kernels.bases import Base, Int8Base, NestedAbsmax, PackedBase, PlainBase
-from lorasync.kernels.grouped import GroupedMerge, RepeatedMerge, merge_job
+from lorasync.kernels.grouped import GroupedMerge, merge_job
 from lorasync.kernels.jobs import MergeJob, PendingMerge
 from lorasync.kernels.peaks import Peaks, largest
 
@@ -15,7 +15,6 @@ __all__ = [
     "Peaks",
     "PendingMerge",
     "PlainBase",
-    "RepeatedMerge",
     "largest",
     "merge_job",
 ]

@@ -11,9 +11,9 @@ from lorasync.kernels.jobs import check_jobs
 from lorasync.merge import lora_delta, merge_dora, merge_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    from lorasync.kernels.jobs import MergeJob, PendingMerge
+    from lorasync.kernels.jobs import MergeJob
     from lorasync.kernels.launch import Launch
 
 
@@ -64,38 +64,6 @@ class GroupedMerge:
     def traffic(self) -> int:
         """The bytes that one run must move at least: each base read once, each result written once."""
         return sum(_traffic(job) for job in self.jobs)
-
-
-class RepeatedMerge:
-    """A `GroupedMerge` that is planned anew only when other merges come.
-
-    Example:
-        >>> import torch
-        >>> from lorasync.kernels import PendingMerge, PlainBase
-        >>> a, b, out = torch.ones(1, 2), torch.ones(1, 1), torch.empty(1, 2)
-        >>> merge = PendingMerge(PlainBase(torch.zeros(1, 2)), a, b, 0.5, torch.float32, make=lambda: out)
-        >>> kept = RepeatedMerge()
-        >>> kept.run({"w": merge}, lambda: [merge.whole_job(out)])
-        >>> out.tolist()
-        [[0.5, 0.5]]
-    """
-
-    def __init__(self) -> None:
-        self._planned: dict[str, PendingMerge] = {}
-        self._grouped: GroupedMerge | None = None
-
-    def run(self, merges: Mapping[str, PendingMerge], jobs: Callable[[], Sequence[MergeJob]]) -> None:
-        """Do these merges.
-
-        Args:
-            merges: Compared with those before by identity.
-            jobs: Says how, if they have to be planned.
-        """
-        planned = self._planned
-        same = planned.keys() == merges.keys() and all(m is planned[name] for name, m in merges.items())
-        if self._grouped is None or not same:
-            self._grouped, self._planned = GroupedMerge(jobs()), dict(merges)
-        self._grouped.run()
 
 
 def merge_job(job: MergeJob) -> None:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasync.bucket import Bucket, Item
 from lorasync.transport.base import comes_twice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
+    from torch import Tensor
 
 
-def buckets(stream: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Consecutive tensors, together at most ``limit`` bytes (a larger one travels alone).
+def buckets(stream: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[Bucket[Item]]:
+    """Yield consecutive tensors, together at most ``limit`` bytes (a larger one travels alone).
 
     Raises:
         MismatchError: if a name comes a second time within a bucket; the worker sees the others.
     """
-    bucket: dict[str, torch.Tensor] = {}
+    bucket: Bucket[Item] = Bucket()
     size = 0
     for name, tensor in stream:
         if bucket and size + tensor.nbytes > limit:
             yield bucket
-            bucket, size = {}, 0
+            bucket, size = Bucket(), 0
         if name in bucket:
             raise comes_twice(name)
         bucket[name] = tensor

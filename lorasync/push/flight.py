@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket, Item
     from lorasync.push.session import EngineSession
     from lorasync.transport.base import Parcel
     from lorasync.transport.post import Post
@@ -46,7 +46,7 @@ class Flight:
         self.applying = 0.0
         self.digests: list[str] = []
 
-    def send(self, bucket: Bucket, version: int, *, kind: Kind = "bucket", beside: bool) -> None:
+    def send(self, bucket: Bucket[Item], version: int, *, kind: Kind = "bucket", beside: bool) -> None:
         """Make a bucket ready and send it; return when it is on its way, and the one before has been taken.
 
         Raises:

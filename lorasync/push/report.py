@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorasync.lent import Lent
 from lorasync.wire import digest_of_parts
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket, Item
     from lorasync.push.flight import Flight
     from lorasync.verify import LogprobGap
 
@@ -87,14 +86,10 @@ class Totals:
         self.tensors += 1
         self.bytes += tensor.nbytes
 
-    def add(self, bucket: Bucket, sending: float) -> None:
+    def add(self, bucket: Bucket[Item], sending: float) -> None:
         """Count a bucket, and the seconds that it took to send it."""
-        if isinstance(bucket, Lent):
-            self.tensors += len(bucket.items)
-            self.bytes += bucket.nbytes
-        else:
-            for tensor in bucket.values():
-                self.count(tensor)
+        self.tensors += len(bucket)
+        self.bytes += bucket.nbytes
         self.sending += sending
 
     def sent(self, flight: Flight, sending: float) -> None:

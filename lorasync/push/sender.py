@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasync.lent import NOTHING
+from lorasync.bucket import NOTHING, Latest
 from lorasync.push.buckets import buckets
 from lorasync.push.pause import stoppable
 from lorasync.push.report import SyncReport, Totals, timed
@@ -19,7 +19,7 @@ from lorasync.transport.cuda_ipc import gpu_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lorasync.lent import Bucket, Lent
+    from lorasync.bucket import Bucket, Item
     from lorasync.push.engines import Engines
     from lorasync.push.handshake import Handshake
     from lorasync.push.pause import Stop
@@ -42,7 +42,7 @@ class Sender:
     def __init__(self, strategy: Strategy, *, bucket_bytes: int) -> None:
         self._strategy = strategy
         self._bucket_bytes = bucket_bytes
-        self._lent = NOTHING
+        self._scalings = Latest[None]()
 
     def push(
         self,
@@ -85,7 +85,7 @@ class Sender:
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
     def _transfer(
-        self, lent: Lent, stream: Stream, engines: Engines, version: int, totals: Totals, stop: Stop
+        self, lent: Bucket[Item], stream: Stream, engines: Engines, version: int, totals: Totals, stop: Stop
     ) -> None:
         try:
             with agreed_by_all_ranks():
@@ -103,12 +103,14 @@ class Sender:
             engines.abort(version, error)
             raise
 
-    def _send(self, lent: Lent, stream: Stream, engines: Engines, version: int, totals: Totals) -> None:
+    def _send(
+        self, lent: Bucket[Item], stream: Stream, engines: Engines, version: int, totals: Totals
+    ) -> None:
         if not engines.sessions:
             for _, tensor in stream:
                 totals.count(tensor)
             return
-        first: list[Bucket] = [lent] if lent.items else []
+        first = [lent] if lent else []
         with engines.flight() as flight:
             for bucket in chain(first, buckets(stream, self._limit)):
                 sending = time.perf_counter()
@@ -157,15 +159,17 @@ class Sender:
             torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         return blocked
 
-    def _read(self, source: Source, engines: Engines, totals: Totals) -> tuple[Lent, Stream]:
-        """What engines can read where it lies, and a stream of everything else."""
-        began, lent, stream = time.perf_counter(), NOTHING, iter(source)
+    def _read(self, source: Source, engines: Engines, totals: Totals) -> tuple[Bucket[Item], Stream]:
+        """Return what engines can read where it lies, and a stream of everything else."""
+        began = time.perf_counter()
+        lent: Bucket[Item] = NOTHING
+        stream = iter(source)
         if isinstance(source, FactorSource | MergedSource) and engines.read_in_place(_gpu_of(source)):
             # Factors were looked at by `check_fits`, just before.
             lent, stream = source.lend(checked=True) if isinstance(source, FactorSource) else source.lend()
-        if lent is NOTHING or lent is not self._lent:  # the same again has the same scalings
-            self.handshake.check_scalings(source)
-        self._lent = lent
+        self._scalings.get(
+            lent.key, lambda: self.handshake.check_scalings(source)
+        )  # it stays with the scalings, too
         totals.source += time.perf_counter() - began
         return lent, timed(stream, totals)
 

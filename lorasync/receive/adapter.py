@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from lorasync.base_check import WeightSample
+    from lorasync.bucket import Bucket
     from lorasync.receive.load_plan import ManifestEntry
     from lorasync.receive.served import ServedModel
     from lorasync.receive.windows import Row
@@ -66,7 +67,7 @@ class AdapterApplier:
             pinned=served.device.type == "cuda",
             dtype=self._slots.dtype,
         )
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._kept: dict[int, Bucket[torch.Tensor]] = {}
         self._previous = -1
         self._current = version if version in self._ours() else -1
 
@@ -78,8 +79,8 @@ class AdapterApplier:
             notes=tuple(self._notes),
         )
 
-    def receive(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._staging.add(tensors)
+    def receive(self, bucket: Bucket[torch.Tensor]) -> None:
+        self._staging.add(bucket)
         wait_for_stream(self._served.device)  # the host reads it, to scale it
 
     def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002

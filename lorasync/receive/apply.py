@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket
     from lorasync.receive.described import Described
     from lorasync.receive.served import ServedModel
 
@@ -37,7 +38,7 @@ class Applier(Protocol):
         """Return what the trainer has to know, for the answer to its handshake."""
         ...
 
-    def receive(self, tensors: Any) -> None:
+    def receive(self, bucket: Bucket[Any]) -> None:
         """Check a bucket, and stage or load it."""
         ...
 

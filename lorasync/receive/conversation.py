@@ -15,7 +15,6 @@ from lorasync.errors import (
     SyncError,
     SyncTimeoutError,
 )
-from lorasync.kernels import PendingMerge
 from lorasync.receive.apply import Applier, applier_for
 from lorasync.receive.device import beside_the_engine, wait_for, wait_for_stream
 from lorasync.receive.served import ServedModel, notes_of
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket, Item
     from lorasync.receive.adapter import AdapterApplier
-    from lorasync.transport.base import Received
 
 _REMEMBERED = 64
 """How many earlier sessions are remembered as replaced."""
@@ -342,12 +341,12 @@ class Conversation:
         self._greeted = [session for session in self._greeted if session == self.session]
 
 
-def _without_merges(bucket: Received) -> dict[str, torch.Tensor]:
-    if any(isinstance(item, PendingMerge) for item in bucket.values()):
+def _without_merges(bucket: Bucket[Item]) -> Bucket[torch.Tensor]:
+    if bucket.has_merges:
         raise PayloadError(
             "bucket: got merges, expected factors: these are for a merged push. Nothing was touched."
         )
-    return cast("dict[str, torch.Tensor]", bucket)
+    return cast("Bucket[torch.Tensor]", bucket)
 
 
 def _shown(session: str) -> str:

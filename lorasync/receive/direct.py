@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorasync.bucket import Latest
 from lorasync.kernels import GroupedMerge, PendingMerge
-from lorasync.lent import Recurring
 from lorasync.receive.windows import Rectangle, is_rectangle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from lorasync.bucket import Bucket, Item
     from lorasync.kernels import MergeJob
     from lorasync.receive.live import LiveModel
     from lorasync.receive.windows import Row
@@ -35,7 +34,7 @@ class Direct:
     sources: list[torch.Tensor] = field(default_factory=list)
     jobs: list[MergeJob] = field(default_factory=list)
     params: set[str] = field(default_factory=set)
-    others: dict[str, torch.Tensor | PendingMerge] = field(default_factory=dict)
+    others: dict[str, Item] = field(default_factory=dict)
     _merge: GroupedMerge | None = None
 
     @torch.no_grad()
@@ -49,24 +48,19 @@ class Direct:
 
 
 class DirectWrites:
-    """Sorts buckets. A bucket that is reused (same object, same storages) is sorted, and its merges planned, only once."""
+    """Sorts buckets. A bucket that is reused (same key, same storages) is sorted, and its merges planned, only once."""
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live
-        self._last: tuple[object, Direct] = (None, Direct())
+        self._latest = Latest[Direct]()
 
-    def of(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> Direct:
+    def of(self, bucket: Bucket[Item]) -> Direct:
         """Return the bucket, sorted."""
-        if tensors is self._last[0]:
-            return self._last[1]
-        found = self._sorted(tensors)
-        if isinstance(tensors, Recurring):
-            self._last = tensors, found
-        return found
+        return self._latest.get(bucket.key, lambda: self._sorted(bucket))
 
-    def _sorted(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> Direct:
+    def _sorted(self, bucket: Bucket[Item]) -> Direct:
         found = Direct()
-        for name, item in tensors.items():
+        for name, item in bucket.items():
             rows = self._live.plan.rows_of(name)
             if self._live.unit_of(name) is not None or not self._is_plain(rows, item):
                 found.others[name] = item
@@ -80,7 +74,7 @@ class DirectWrites:
                     found.sources.append(row.source.view(item))
         return found
 
-    def _is_plain(self, rows: tuple[Row, ...], item: torch.Tensor | PendingMerge) -> bool:
+    def _is_plain(self, rows: tuple[Row, ...], item: Item) -> bool:
         if not rows or any(row.param not in self._live.direct for row in rows):
             return False
         if isinstance(item, PendingMerge):

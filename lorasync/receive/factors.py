@@ -8,8 +8,8 @@ from lorasync.base_check import from_json as samples_from_json
 from lorasync.errors import Mismatch, MismatchError, SyncError, UnmergeableError
 from lorasync.receive.bases import MixedBases, PackedBases
 from lorasync.receive.described import Described
-from lorasync.receive.edits import edits_by_weight, refuse_not_mergeable
 from lorasync.receive.frozen import ignored_notes, may_be_ignored
+from lorasync.receive.mergeable import entries_by_weight, refuse_not_mergeable
 from lorasync.receive.remerge import Remerge
 from lorasync.receive.restore import Restore
 from lorasync.receive.staging import Staging, parsed
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket
     from lorasync.receive.bases import Bases
     from lorasync.receive.load_plan import ManifestEntry
-    from lorasync.receive.remerge import Factors
     from lorasync.receive.served import ServedModel
 
 
@@ -51,20 +51,20 @@ class FactorApplier:
         samples = parsed(samples_from_json, wanted, "samples")
         untied = {name: sample for name, sample in samples.items() if name not in self._spec.ties}
         self._trained = TrainedBase(parsed(str, wanted, "base"), untied)
-        self._edits = edits_by_weight(self._spec)
+        self._entries = entries_by_weight(self._spec)
         refuse_not_mergeable(self._spec)
         self._staging = Staging(manifest, served.device)
         base = self._base_manifest()
-        may_ignore = may_be_ignored([name for name, _, _ in base], self._edits)
+        may_ignore = may_be_ignored([name for name, _, _ in base], self._entries)
         self._live = served.live(served.plan_for(base, what="factors", may_ignore=may_ignore))
         self._live.check_writable()
         self._refuse_cut_dora()
         self._packed_parts: dict[str, torch.Tensor] = {}
-        self._serving: dict[str, torch.Tensor] | None = None
-        self._previous: dict[str, torch.Tensor] | None = None
+        self._serving: Bucket[torch.Tensor] | None = None
+        self._previous: Bucket[torch.Tensor] | None = None
         self._torn = False
         self._foreign = self._trained.changed_by_others(served, self._live)
-        self._names = sorted(self._edits)
+        self._names = sorted(self._entries)
         self._bases = self._trained.find(served, self._live, self._names, self._changed)
         self._remerge = self._remerge_from(self._bases)
 
@@ -73,10 +73,10 @@ class FactorApplier:
     def describe(self) -> Described:
         return Described(notes=tuple(ignored_notes(self._live.plan)))
 
-    def receive(self, tensors: Factors) -> None:
-        self._staging.add(tensors)
+    def receive(self, bucket: Bucket[torch.Tensor]) -> None:
+        self._staging.add(bucket)
 
-    def receive_base(self, tensors: Factors) -> None:
+    def receive_base(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._packed_parts.update(
             {name: tensor.to(self._served.device, copy=True) for name, tensor in tensors.items()}
         )
@@ -128,7 +128,7 @@ class FactorApplier:
         found = {name: (name, dtype, shape) for name, shape in self._trained.shapes.items()}
         for saved in self._spec.saved:
             found[saved.weight] = (saved.weight, dtype, self._staging.expected[saved.tensor][1])
-        unknown = sorted(self._edits.keys() - found.keys())
+        unknown = sorted(self._entries.keys() - found.keys())
         if unknown:
             raise MismatchError(
                 "Some weights can't be merged in the worker; nothing was touched.",
@@ -158,7 +158,7 @@ class FactorApplier:
             self._served,
             self._live,
             bases,
-            edits=self._edits,
+            entries=self._entries,
             names=self._names,
             shapes=self._trained.shapes,
         )
@@ -170,7 +170,7 @@ class FactorApplier:
         packed = PackedBases(self._packed_parts, self._trained.packed_dtypes, self._served.device)
         self._packed_parts = {}
         # What was quantized but has no adapter is part of the policy too: the engine still holds it unquantized.
-        self._names = sorted(self._edits.keys() | packed.names)
+        self._names = sorted(self._entries.keys() | packed.names)
         self._bases = MixedBases(packed, self._served.checkpoint)
         self._remerge = self._remerge_from(self._bases)
 

@@ -18,7 +18,7 @@ from lorasync.wire import dtype_name
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from lorasync.kernels import PendingMerge
+    from lorasync.bucket import Bucket, Item
     from lorasync.receive.served import ServedModel
 
 
@@ -51,13 +51,13 @@ class LoadApplier:
     def describe(self) -> Described:
         return Described()
 
-    def receive(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
-        self._check(tensors, self._expected, self._received)
+    def receive(self, bucket: Bucket[Item]) -> None:
+        self._check(bucket, self._expected, self._received)
         if self._pass is None:
             self._pass = LiveWriter(self._live, self._writes)
             self._changed.update(self._live.plan.layouts)
-        self._pass.write(tensors)
-        self._received |= tensors.keys()
+        self._pass.write(bucket)
+        self._received |= bucket.keys()
 
     def commit(self, version: int, in_flight: Collection[int]) -> None:  # noqa: ARG002
         missing = sorted(self._expected.keys() - self._received)

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorasync.bucket import Bucket
 from lorasync.kernels import Base, GroupedMerge, MergeJob
-from lorasync.merge import add_delta, low_rank_delta
-from lorasync.receive.edits import edited
+from lorasync.merge.edits import LowRankUpdate, UpdatePart, edited
 from lorasync.receive.load_plan import check_complete
 from lorasync.receive.restore import fed_by, loads
 from lorasync.receive.streamed import StreamedMerges, buffer_for
 from lorasync.receive.windows import Rectangle, Row, is_rectangle
 from lorasync.receive.writer import LiveWriter
+from lorasync.source.edits import with_factors
 from lorasync.source.spec import FactorModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from lorasync.receive.bases import Bases
-    from lorasync.receive.edits import Edit
     from lorasync.receive.live import LiveModel
     from lorasync.receive.served import ServedModel
+    from lorasync.source.edits import Entry
 
-Factors = Mapping[str, torch.Tensor]
+Factors = Bucket[torch.Tensor]
 
 
 class Remerge:
-    """Merges factors into the live weights; `apply` may be called with any number of factors.
+    """Merges factors into the live weights; `apply` may be called with any number of buckets of factors that are reused.
 
     Args:
         served: What the worker serves.
         live: The served model, as a push writes to it.
         bases: Where the base weights come from.
-        edits: What the adapter does to each weight, by checkpoint name.
-        names: The checkpoint names that are written: those with edits, and those whose base is in ``bases`` alone.
+        entries: What the adapter does to each weight, by checkpoint name.
+        names: The checkpoint names that are written: those with entries, and those whose base is in ``bases`` alone.
         shapes: The shapes of the trainer's frozen weights, by checkpoint name.
 
     Raises:
@@ -50,12 +50,12 @@ class Remerge:
         live: LiveModel,
         bases: Bases,
         *,
-        edits: Mapping[str, Sequence[Edit]],
+        entries: Mapping[str, Sequence[Entry]],
         names: Collection[str],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._device, self._dtype = served.device, served.dtype
-        self._live, self._bases, self._edits, self._shapes = live, bases, edits, shapes
+        self._live, self._bases, self._entries, self._shapes = live, bases, entries, shapes
         rows = live.direct_rows(names)
         by_kernel = [row for row in rows if self._is_for_a_kernel(row)]
         self._grouped = [row for row in by_kernel if bases.is_on_device(row.name)]
@@ -69,8 +69,7 @@ class Remerge:
         self._written = {row.param for row in rows}
         self.params = fed_by(live.plan, names)
         """The parameters that a merge writes to."""
-        # By the identity of the factors, which are kept with it: their memory is used again.
-        self._merges: dict[int, tuple[Factors, GroupedMerge, StreamedMerges]] = {}
+        self._merges: dict[object, tuple[GroupedMerge, StreamedMerges]] = {}  # by the key of the factors
 
     def apply(self, factors: Factors) -> None:
         """Merge into the live weights, and derive anew what the engine derives from them.
@@ -88,12 +87,12 @@ class Remerge:
     def _run_kernels(self, factors: Factors) -> None:
         if not (self._grouped or self._streamed):
             return
-        if id(factors) not in self._merges:
+        if factors.key not in self._merges:
             job = self._jobs_of(factors)
             grouped = GroupedMerge([job(row, self._bases.rectangle(row)) for row in self._grouped])
             streamed = StreamedMerges(self._streamed, self._bases.rectangle, job, self._buffer)
-            self._merges[id(factors)] = (factors, grouped, streamed)
-        _, grouped, streamed = self._merges[id(factors)]
+            self._merges[factors.key] = (grouped, streamed)
+        grouped, streamed = self._merges[factors.key]
         grouped.run()
         streamed.run()
 
@@ -101,36 +100,36 @@ class Remerge:
         writer = LiveWriter(self._live)
         try:
             for names in self._loads:
-                writer.write({name: self._merged(name, factors) for name in names})
+                writer.write(Bucket({name: self._merged(name, factors) for name in names}))
         except BaseException:
             writer.undo()
             raise
         writer.finish()
 
     def _is_for_a_kernel(self, row: Row) -> bool:
-        edit = self._plain_edit(row.name)
-        plain = edit is not None and edit.kind == "linear"
+        module = self._only_module(row.name)
+        plain = module is not None and module.kind == "linear"
         return plain and self._device.type == "cuda" and is_rectangle(row)
 
-    def _plain_edit(self, name: str) -> FactorModule | None:
-        """The one low-rank update without DoRA that a weight gets; None if the weight gets another edit, or several."""
-        edits = self._edits.get(name, ())
-        edit = edits[0] if len(edits) == 1 else None
-        return edit if isinstance(edit, FactorModule) and not edit.dora else None
+    def _only_module(self, name: str) -> FactorModule | None:
+        """Return the low-rank update of a weight that gets nothing else, and no DoRA; None for any other weight."""
+        entries = self._entries.get(name, ())
+        entry = entries[0] if len(entries) == 1 else None
+        return entry if isinstance(entry, FactorModule) and not entry.dora else None
 
     def _jobs_of(self, factors: Factors) -> Callable[[Row, Base], MergeJob]:
         def job(row: Row, base: Base) -> MergeJob:
-            edit = self._plain_edit(row.name)
-            assert edit is not None
-            part = Rectangle.of(row, edit.shape[1])
-            outs, ins = (part.cols, part.rows) if edit.fan_in_fan_out else (part.rows, part.cols)
+            module = self._only_module(row.name)
+            assert module is not None
+            part = Rectangle.of(row, module.shape[1])
+            outs, ins = (part.cols, part.rows) if module.fan_in_fan_out else (part.rows, part.cols)
             return MergeJob(
                 out=self._live.live_slice(row.param, row.target),
                 base=base,
-                lora_a=factors[edit.a][:, ins[0] : ins[1]],
-                lora_b=factors[edit.b][outs[0] : outs[1]],
-                scaling=edit.scaling,
-                fan_in_fan_out=edit.fan_in_fan_out,
+                lora_a=factors[module.a][:, ins[0] : ins[1]],
+                lora_b=factors[module.b][outs[0] : outs[1]],
+                scaling=module.scaling,
+                fan_in_fan_out=module.fan_in_fan_out,
                 name=row.name,
             )
 
@@ -140,10 +139,10 @@ class Remerge:
         self, name: str, rows: list[Row], factors: Factors
     ) -> Iterable[tuple[Row, torch.Tensor]]:
         """Yield each row's part of the merged weight; from this rank's part of the base wherever that suffices."""
-        edit = self._plain_edit(name)
-        if edit is not None:
-            yield from self._updated_rows(rows, edit, factors)
-        elif not self._edits.get(name):
+        module = self._only_module(name)
+        if module is not None:
+            yield from self._updated_rows(rows, module, factors)
+        elif not self._entries.get(name):
             for row in rows:
                 yield row, self._bases.rectangle(row).dequantize()
         else:
@@ -154,26 +153,27 @@ class Remerge:
                 yield row, row.source.view(merged.contiguous())
 
     def _updated_rows(
-        self, rows: list[Row], edit: FactorModule, factors: Factors
+        self, rows: list[Row], module: FactorModule, factors: Factors
     ) -> Iterable[tuple[Row, torch.Tensor]]:
-        cast_first = edit.how.cast_first and self._device.type == "cpu"
-        delta = low_rank_delta(edit.how, factors[edit.a], factors[edit.b])
+        update = with_factors(module, factors)
+        assert isinstance(update, LowRankUpdate)
+        delta = update.delta()
         for row in rows:
             base = self._bases.rectangle(row).dequantize().to(self._device)
-            part = row.source.view(delta)
-            yield row, add_delta(base, part.to(base.dtype) if cast_first else part)
+            yield row, edited(base, [UpdatePart(update.how, row.source.view(delta))])
 
     def _is_whole(self, rows: list[Row]) -> bool:
         return len(rows) == 1 and rows[0].source.shape == self._shapes.get(rows[0].name)
 
     def _merged(self, name: str, factors: Factors) -> torch.Tensor:
-        """A whole checkpoint tensor, merged and rounded once, for a layer that is loaded through vLLM's loader."""
-        if name not in self._edits and name not in self._bases.packed_names:
+        """Return a whole checkpoint tensor, merged and rounded once, for a layer that is loaded by vLLM's loader."""
+        if name not in self._entries and name not in self._bases.packed_names:
             return self._bases.stored(name)
         return self._edited(name, self._bases.whole(name), factors).to(self._dtype)
 
     def _edited(self, name: str, base: torch.Tensor, factors: Factors) -> torch.Tensor:
-        return edited(base.to(self._device), self._edits.get(name, ()), factors)
+        edits = (with_factors(entry, factors) for entry in self._entries.get(name, ()))
+        return edited(base.to(self._device), edits)
 
 
 def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:

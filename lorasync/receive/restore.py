@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasync.bucket import Bucket
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.receive.writer import LiveWriter
 
@@ -60,7 +61,7 @@ class Restore:
             self._live.live_slice(row.param, row.target).copy_(part(row))
         writer = LiveWriter(self._live)
         for names in loads(self._live, self.units):
-            writer.write({name: stored(name) for name in names})
+            writer.write(Bucket({name: stored(name) for name in names}))
         writer.finish()
         self._live.refresh({row.param for row in self.rows})
 

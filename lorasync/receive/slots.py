@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError, UnmergeableError
-from lorasync.receive.edits import ways_to_merge
+from lorasync.receive.mergeable import ways_to_merge
 from lorasync.vllm_seam.lora import LoraSlots, permitted_rank
 
 if TYPE_CHECKING:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from lorasync.bucket import Bucket, Latest
 from lorasync.errors import Mismatch, MismatchError, PayloadError
-from lorasync.lent import Recurring
 from lorasync.wire import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from lorasync.kernels import PendingMerge
+    from lorasync.bucket import Item
     from lorasync.receive.load_plan import ManifestEntry
 
 T = TypeVar("T")
@@ -44,26 +44,26 @@ class Staging:
         self._pinned = pinned
         self._dtype = dtype
         self._check = BucketCheck()
-        self._room: dict[str, torch.Tensor] = {}
-        self._spare: list[dict[str, torch.Tensor]] = []
+        self._room = _new_room()
+        self._spare: list[Bucket[torch.Tensor]] = []
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add(self, bucket: Bucket[torch.Tensor]) -> None:
         """Copy a bucket.
 
         Raises:
             MismatchError: Names, dtypes or shapes that were not announced; the message has them all.
         """
-        self._check(tensors, self.expected, self.received.keys())
+        self._check(bucket, self.expected, self.received.keys())
         if not self._room and self._spare:
             self._room = self._spare.pop()
         # Copies also on the CPU: the payload's file is gone after the call.
-        room = [self._room_for(name, tensor) for name, tensor in tensors.items()]
+        room = [self._room_for(name, tensor) for name, tensor in bucket.items()]
         with torch.no_grad():
-            torch._foreach_copy_(room, list(tensors.values()), non_blocking=True)
-        self.received.update(zip(tensors, room, strict=True))
+            torch._foreach_copy_(room, list(bucket.values()), non_blocking=True)
+        self.received.update(zip(bucket, room, strict=True))
 
-    def take(self, version: int) -> dict[str, torch.Tensor]:
-        """Return everything that was announced.
+    def take(self, version: int) -> Bucket[torch.Tensor]:
+        """Return everything that was announced, as a bucket that is reused once it is given back.
 
         Raises:
             PayloadError: A tensor never came; the message names each.
@@ -73,16 +73,16 @@ class Staging:
             raise PayloadError(
                 f"version {version}: {len(missing)} of {len(self.expected)} tensors never came: {', '.join(missing[:8])}"
             )
-        taken, self.received, self._room = self._room, {}, {}
+        taken, self.received, self._room = self._room, {}, _new_room()
         return taken
 
     def drop(self) -> None:
         """Forget what has come of an update that is given up; the next update uses its memory."""
         self.received = {}
 
-    def give_back(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Let a later update use the memory of tensors that `take` has returned."""
-        self._spare.append(tensors)
+    def give_back(self, taken: Bucket[torch.Tensor]) -> None:
+        """Let a later update use the memory of a bucket that `take` has returned."""
+        self._spare.append(taken)
 
     def _room_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self._room:
@@ -91,6 +91,10 @@ class Staging:
                 tensor.shape, dtype=dtype, device=self._device, pin_memory=self._pinned
             )
         return self._room[name]
+
+
+def _new_room() -> Bucket[torch.Tensor]:
+    return Bucket(key=object())
 
 
 def parsed(read: Callable[[str], T], wanted: Mapping[str, Any], key: str) -> T:
@@ -111,11 +115,11 @@ class BucketCheck:
     """Calls `check_bucket`, but not again for a bucket that is reused and has passed."""
 
     def __init__(self) -> None:
-        self._passed: object = None
+        self._passed = Latest[None]()
 
     def __call__(
         self,
-        tensors: Mapping[str, torch.Tensor | PendingMerge],
+        bucket: Bucket[Any],
         expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         received: Collection[str],
     ) -> None:
@@ -124,13 +128,12 @@ class BucketCheck:
         Raises:
             MismatchError: As `check_bucket` raises it.
         """
-        if self._passed is None or tensors is not self._passed or received:
-            check_bucket(tensors, expected, received)
-            self._passed = tensors if isinstance(tensors, Recurring) else None
+        key = None if received else bucket.key  # what has come before may have the same names
+        self._passed.get(key, lambda: check_bucket(bucket, expected, received))
 
 
 def check_bucket(
-    tensors: Mapping[str, torch.Tensor | PendingMerge],
+    bucket: Mapping[str, Item],
     expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     received: Iterable[str],
 ) -> None:
@@ -140,7 +143,7 @@ def check_bucket(
         MismatchError: A tensor came twice, was not announced, or has another dtype or shape; the message has them all.
     """
     seen, wrong = set(received), []
-    for name, tensor in tensors.items():
+    for name, tensor in bucket.items():
         want = expected.get(name)
         if name not in seen and want == (tensor.dtype, tuple(tensor.shape)):
             continue

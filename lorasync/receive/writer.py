@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasync.bucket import made
 from lorasync.errors import SyncError
 from lorasync.kernels import PendingMerge
-from lorasync.lent import made
 from lorasync.receive.direct import DirectWrites
 from lorasync.receive.live import layer_name
 from lorasync.receive.reload import FreshLayer, load_counted
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lorasync.bucket import Bucket, Item
     from lorasync.receive.live import LiveModel, Unit
 
 
@@ -36,14 +37,14 @@ class LiveWriter:
         self._written: set[str] = set()
         self.touched = False
 
-    def write(self, tensors: Mapping[str, torch.Tensor | PendingMerge]) -> None:
+    def write(self, bucket: Bucket[Item]) -> None:
         """Copy, merge or load these checkpoint tensors; layers become complete, and live, one by one.
 
         Raises:
             MismatchError: VLLM's loader did not write what the load plan says.
         """
-        direct = self._writes.of(tensors)
-        self.touched |= bool(tensors)
+        direct = self._writes.of(bucket)
+        self.touched |= bool(bucket)
         direct.write()
         self._written |= direct.params
         come = set()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from lorasync.bucket import NOTHING, Bucket, Item, Latest, addresses
 from lorasync.errors import AdapterError, UnmergeableError
-from lorasync.lent import NOTHING, Held, LastLent, Lent
 from lorasync.source.base import packed
 from lorasync.source.describe import checkpoint_names, describe
 from lorasync.source.finite import FiniteCheck, Input
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lorasync.source.spec import FactorSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What a pass sends, in order; it is valid as long as the model is built the same way."""
 
@@ -107,7 +107,7 @@ class FactorSource:
         self.check_finite = check_finite
         self._planned: _Plan | None = None
         self._looked_at: _Plan | None = None
-        self._lent = LastLent()
+        self._lent = Latest[Bucket[Item]]()
         self._pinned = active_in(self.model) if adapter is None else None
         self.spec()
 
@@ -129,8 +129,11 @@ class FactorSource:
                 for name in names:
                     yield name, _copy(gathered(plan.tensors[name]))
 
-    def lend(self, *, checked: bool = False) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
+    def lend(self, *, checked: bool = False) -> tuple[Bucket[Item], Iterator[tuple[str, Tensor]]]:
         """Return what iteration yields, for a receiver that reads it before the model changes.
+
+        First a bucket of the parameters themselves, with the same key for as long as they lie where they lie; then a
+        stream of what had to be gathered.
 
         Args:
             checked: `check_fits` has looked at the values a moment ago: they are not looked at twice.
@@ -144,10 +147,8 @@ class FactorSource:
         if not checked or self._looked_at is not plan:
             plan = self._checked()
         self._looked_at = None
-        lent = self._lent.get(
-            plan, list(plan.tensors.values()), lambda: Lent({n: Held(t) for n, t in plan.tensors.items()})
-        )
-        return lent, iter(())
+        key = (plan, addresses(list(plan.tensors.values())))
+        return self._lent.get(key, lambda: _lent(plan.tensors)), iter(())
 
     def spec(self) -> FactorSpec:
         """Describe the adapter for its receiver; nothing is gathered."""
@@ -271,6 +272,10 @@ class FactorSource:
 
 def _all_slots(model: nn.Module, adapter: str) -> list[Slot]:
     return slots(base_of(model), (adapter,))
+
+
+def _lent(tensors: dict[str, Tensor]) -> Bucket[Item]:
+    return Bucket({name: tensor.detach() for name, tensor in tensors.items()}, key=object())
 
 
 def _copy(tensor: Tensor) -> Tensor:

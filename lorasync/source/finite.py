@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lorasync.bucket import Latest, addresses
 from lorasync.errors import NonFiniteError
 from lorasync.kernels import Peaks, largest
-from lorasync.lent import addresses
 from lorasync.source.base import scale_bound
 from lorasync.zero import can_be_sharded, is_sharded
 from lorasync.zero.gather import held_part
@@ -61,9 +61,7 @@ class FiniteCheck:
             seen = dict(zip(before._names, zip(before._states, before._peaks, strict=True), strict=True))
             for index, name in enumerate(self._names):
                 self._states[index], self._peaks[index] = seen.get(name, (_UNSEEN, math.nan))
-        self._lie: list[int] = []
-        self._scans: list[tuple[list[int], Peaks]] = []
-        self._alone: list[int] = []
+        self._scans = Latest[tuple[list[tuple[list[int], Peaks]], list[int]]]()
 
     def begin(self) -> Callable[[], object]:
         """Check the tensors as they are, frozen ones too; a GPU looks at them meanwhile.
@@ -114,17 +112,15 @@ class FiniteCheck:
 
     def _look_at(self, tensors: list[Tensor]) -> Callable[[], list[float]]:
         """Look at tensors; those of one GPU in one launch with one wait, for a wait each takes longer than the merge."""
-        lie = addresses(tensors)
-        if lie != self._lie:
-            self._lie, (self._scans, self._alone) = lie, _scans(tensors)
-        started = [(members, scan.start()) for members, scan in self._scans]
+        scans, alone = self._scans.get(addresses(tensors), lambda: _scans(tensors))
+        started = [(members, scan.start()) for members, scan in scans]
 
         def peaks() -> list[float]:
             found = [math.nan] * len(tensors)
             for members, look in started:
                 for index, peak in zip(members, look(), strict=True):
                     found[index] = peak
-            for index in self._alone:
+            for index in alone:
                 found[index] = largest(tensors[index])
             return found
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasync.lent import NOTHING, Held, LastLent, Lent
+from lorasync.bucket import NOTHING, Bucket, Item, Latest, addresses
 from lorasync.merge import NEAREST, DeltaSurvival, Nearest, Rounding, Scratch, delta_survival
 from lorasync.names import CheckpointLayout, Group
 from lorasync.source.exclude import patterns, refuse_trained_out, without
@@ -27,8 +27,6 @@ from lorasync.zero.whole import AS_HELD, Whole, whole
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from lorasync.kernels import PendingMerge
-
 
 @dataclass(frozen=True)
 class _Block:
@@ -38,7 +36,7 @@ class _Block:
     params: list[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """Everything about a pass but the values; it is valid as long as the model is built the same way."""
 
@@ -118,9 +116,9 @@ class MergedSource:
         self.untie = untie
         self.exclude = patterns(exclude)
         self._layout = CheckpointLayout(base_of(self.model))
-        self._cut: tuple[Any, list[Group]] = (None, [])
+        self._cut = Latest[list[Group]]()
         self._planned: _Plan | None = None
-        self._lent = LastLent()
+        self._lent = Latest[Bucket[Item]]()
         self._pinned = active_in(self.model) if adapter is None else None
         self.metadata()
 
@@ -143,11 +141,12 @@ class MergedSource:
                 for group in block.groups:
                     yield from self._converted(group, plan.stored, gathered, scratch)
 
-    def lend(self) -> tuple[Lent, Iterator[tuple[str, Tensor]]]:
+    def lend(self) -> tuple[Bucket[Item], Iterator[tuple[str, Tensor]]]:
         """Return what iteration yields, for a receiver that reads it before the model changes.
 
-        First what it may read from the model: low-rank merges of linear weights as `PendingMerge`, weights that need
-        no work as `Held`. Then a stream of what had to be made.
+        First a bucket of what the receiver reads from the model: low-rank merges of linear weights as `PendingMerge`,
+        and the weights that need no work. It has the same key for as long as all of that lies where it lies. Then a
+        stream of what had to be made.
 
         Raises:
             NonFiniteError: As iteration does.
@@ -156,29 +155,30 @@ class MergedSource:
         if plan.sharded and any(map(is_sharded, plan.inputs)):
             return NOTHING, iter(self)  # checks and gathers where the other ranks do
         plan = self._ready()
-        lent = self._lent.get(plan, plan.inputs, lambda: Lent(dict(self._lendable(plan))))
+        key = (plan, addresses(plan.inputs))
+        lent = self._lent.get(key, lambda: Bucket(self._lendable(plan), key=object()))
         return lent, self._not_lent(plan, lent)
 
-    def _lendable(self, plan: _Plan) -> Iterator[tuple[str, Held | PendingMerge]]:
+    def _lendable(self, plan: _Plan) -> Iterator[tuple[str, Item]]:
         for group in plan.groups:
             item = self._lend(group, plan.stored)
             if item is not None:
                 yield group.outputs[0][0], item
 
-    def _not_lent(self, plan: _Plan, lent: Lent) -> Iterator[tuple[str, Tensor]]:
+    def _not_lent(self, plan: _Plan, lent: Bucket[Item]) -> Iterator[tuple[str, Tensor]]:
         scratch = Scratch()
         for group in plan.groups:
-            if group.outputs[0][0] not in lent.items:
+            if group.outputs[0][0] not in lent:
                 yield from self._converted(group, plan.stored, AS_HELD, scratch)
 
-    def _lend(self, group: Group, found: dict[str, Slot]) -> Held | PendingMerge | None:
+    def _lend(self, group: Group, found: dict[str, Slot]) -> Item | None:
         """Return what can be lent for a group: a pending merge, or the parameter itself; None where neither will do."""
         slot, dtype = found[group.members[0]], group.outputs[0][1]
         if not group.renamed or not isinstance(self.rounding, Nearest):
             return None
         if slot.adapted:
             return slot.pending(dtype)
-        return Held(slot.held) if (slot.packing, slot.dtype) == ("plain", dtype) else None
+        return slot.held.detach() if (slot.packing, slot.dtype) == ("plain", dtype) else None
 
     def delta_survival(self) -> Iterator[DeltaSurvival]:
         """Measure, module by module, how much of the update is left after rounding to the served dtype.
@@ -263,10 +263,7 @@ class MergedSource:
 
     def _groups(self, found: dict[str, Slot]) -> list[Group]:
         key = [(slot.name, self._dtype(slot), slot.shape) for slot in found.values()]
-        if key != self._cut[0]:
-            metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in key}
-            self._cut = (key, self._layout.groups(metas))
-        return self._cut[1]
+        return self._cut.get(key, lambda: self._layout.groups(_metas(key)))
 
     def _dtype(self, slot: Slot) -> torch.dtype:
         return self.dtype if self.dtype is not None and slot.dtype.is_floating_point else slot.dtype
@@ -288,6 +285,10 @@ class MergedSource:
                 f"{name} is not what metadata() said"
             )
             yield name, tensor
+
+
+def _metas(key: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in key}
 
 
 def _try_general(found: Iterable[Slot]) -> None:

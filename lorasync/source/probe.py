@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.base_check import positions
-from lorasync.lent import addresses
+from lorasync.bucket import Latest, addresses
 from lorasync.zero import can_be_sharded
 
 if TYPE_CHECKING:
@@ -41,18 +41,17 @@ class Probe:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
+        self._views = Latest[list[list[torch.Tensor]]]()
         with torch._C.DisableTorchFunctionSubclass():
             self._whole = [t for t in self._tensors if _is_readable(t)]
-            self._lie = addresses(self._whole)
-            self._views = self._elements()
+            self._views.get(addresses(self._whole), self._elements)
 
     def state(self) -> object:
         """Return a value that equals the one of an earlier call unless a tensor was visibly changed in between."""
         with torch._C.DisableTorchFunctionSubclass():
             lie = addresses(self._whole)
-            if lie != self._lie:  # other memory
-                self._lie, self._views = lie, self._elements()
-            seen = [torch.cat(views).tolist() for views in self._views]
+            views_of_all = self._views.get(lie, self._elements)
+            seen = [torch.cat(views).tolist() for views in views_of_all]
             return list(map(_VERSION, self._tensors)), lie, seen
 
     def _elements(self) -> list[list[Tensor]]:

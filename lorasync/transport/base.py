@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
 from lorasync.errors import Mismatch, MismatchError
-from lorasync.kernels import PendingMerge
 
 if TYPE_CHECKING:
-    from lorasync.lent import Bucket
+    from collections.abc import Mapping
 
-Received = Mapping[str, Tensor | PendingMerge]
+    from lorasync.bucket import Bucket, Item
 
 
 class Place(Protocol):
@@ -68,11 +64,11 @@ class Sender(Protocol):
         """What a worker needs to try the transport; None where this trainer can't use it."""
         ...
 
-    def takes(self, bucket: Bucket, place: Place) -> bool:
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:
         """Whether this bucket can go this way to that engine."""
         ...
 
-    def put(self, bucket: Bucket) -> Parcel:
+    def put(self, bucket: Bucket[Item]) -> Parcel:
         """Make the bucket ready; its bytes are all there when this returns."""
         ...
 
@@ -92,7 +88,7 @@ class Receiver(Protocol):
         """Why the worker can't take buckets this way; empty if it can."""
         ...
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:
         """The bucket, compared with its digest; to be read before the trainer gets its answer.
 
         Raises:

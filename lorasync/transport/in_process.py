@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from lorasync.bucket import Bucket, Item
 from lorasync.errors import PayloadError
-from lorasync.lent import Bucket, Lent
-from lorasync.transport.base import Parcel, Place, Received
+from lorasync.transport.base import Parcel, Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,13 +24,13 @@ class Sender:
         """Nothing has to be found."""
         return {}
 
-    def takes(self, bucket: Bucket, place: Place) -> bool:  # noqa: ARG002
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
         """Any bucket."""
         return True
 
-    def put(self, bucket: Bucket) -> Parcel:
-        """The bucket itself: it may be one that comes again."""
-        return Parcel(NAME, payload=bucket.unwrapped if isinstance(bucket, Lent) else bucket)
+    def put(self, bucket: Bucket[Item]) -> Parcel:
+        """Return the bucket itself, with its key if it is reused."""
+        return Parcel(NAME, payload=bucket)
 
     def release(self) -> None:
         """Nothing was taken."""
@@ -46,14 +46,14 @@ class Receiver:
         """It is offered only where the trainer holds the worker's own object."""
         return ""
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:  # noqa: ARG002
-        """The trainer's own tensors."""
-        if not isinstance(payload, dict):
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:  # noqa: ARG002
+        """Return the trainer's own object."""
+        if not isinstance(payload, Bucket):
             raise PayloadError(
                 f"bucket: got {type(payload).__name__}, expected the trainer's tensors, as both are said to be in one "
                 "process. Nothing was touched."
             )
-        return cast("Received", payload)
+        return payload
 
     def close(self) -> None:
         """Nothing was opened."""

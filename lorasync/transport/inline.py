@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError
-from lorasync.lent import Bucket, items_of, made
-from lorasync.transport.base import Parcel, Place, Received
+from lorasync.transport.base import Parcel, Place
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import pack, unpack
 
@@ -28,13 +28,13 @@ class Sender:
         """Nothing has to be found."""
         return {}
 
-    def takes(self, bucket: Bucket, place: Place) -> bool:  # noqa: ARG002
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
         """Any bucket."""
         return True
 
-    def put(self, bucket: Bucket) -> Parcel:
+    def put(self, bucket: Bucket[Item]) -> Parcel:
         """The bucket as bytes."""
-        tensors = {name: made(item) for name, item in items_of(bucket).items()}
+        tensors = {name: made(item) for name, item in bucket.items()}
         return Parcel(NAME, payload=pack(tensors), digest=digest_of(tensors))
 
     def release(self) -> None:
@@ -51,7 +51,7 @@ class Receiver:
         """The handshake has shown that bytes come through."""
         return ""
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:  # noqa: ARG002
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:  # noqa: ARG002
         """The tensors, of which a digest was made anew."""
         if not isinstance(payload, bytes | bytearray | memoryview):
             raise PayloadError(
@@ -59,7 +59,7 @@ class Receiver:
             )
         tensors = unpack(bytes(payload))
         check_digest(digest_of(tensors), digest)
-        return tensors
+        return Bucket(tensors)
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -10,7 +10,7 @@ from lorasync.transport import cuda_ipc, in_process, inline, shared_memory
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lorasync.lent import Bucket
+    from lorasync.bucket import Bucket, Item
     from lorasync.transport.base import Parcel, Place, Sender
 
 CHEAPEST_FIRST = (in_process.NAME, cuda_ipc.NAME, shared_memory.NAME, inline.NAME)
@@ -39,11 +39,11 @@ class Post:
         found = {name: sender.offer() for name, sender in self._senders.items() if name != in_process.NAME}
         return {name: offer for name, offer in found.items() if offer is not None}
 
-    def way_of(self, bucket: Bucket, place: Place) -> str:
+    def way_of(self, bucket: Bucket[Item], place: Place) -> str:
         """The cheapest transport for this bucket to that engine."""
         return next(way for way in place.ways if self._senders[way].takes(bucket, place))
 
-    def parcels(self, bucket: Bucket, places: Sequence[Place]) -> list[Parcel]:
+    def parcels(self, bucket: Bucket[Item], places: Sequence[Place]) -> list[Parcel]:
         """The bucket, ready for each of these engines."""
         ways = [self.way_of(bucket, place) for place in places]
         made = {way: self._senders[way].put(bucket) for way in dict.fromkeys(ways)}

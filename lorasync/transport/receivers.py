@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.transport.base import Received, Receiver
+    from lorasync.bucket import Bucket, Item
+    from lorasync.transport.base import Receiver
 
 
 class Receivers:
@@ -34,7 +35,7 @@ class Receivers:
         self._agreed = {name for name, why in refused.items() if not why}
         return refused
 
-    def take(self, way: str, fields: Mapping[str, str], payload: Any, digest: str) -> Received:
+    def take(self, way: str, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:
         """A bucket, compared with its digest.
 
         Raises:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError, SyncError
-from lorasync.lent import Bucket, items_of, made, nbytes_of
-from lorasync.transport.base import Parcel, Place, Received, comes_twice
+from lorasync.transport.base import Parcel, Place, comes_twice
 from lorasync.transport.folder import Folder, opened, room_in
 from lorasync.transport.inline import SMALL, check_digest
 from lorasync.wire.tensors import digest as digest_of
@@ -52,18 +52,18 @@ class Sender:
             self._folder = Folder()
         return {"folder": str(self._folder.path)}
 
-    def takes(self, bucket: Bucket, place: Place) -> bool:  # noqa: ARG002
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
         """Any bucket that is not cheaper in the call itself."""
-        return nbytes_of(bucket) > SMALL
+        return bucket.nbytes > SMALL
 
-    def put(self, bucket: Bucket) -> Parcel:
+    def put(self, bucket: Bucket[Item]) -> Parcel:
         """Write the bucket into the file whose turn it is, and hash what was written.
 
         Raises:
             SyncError: if the file system has no room for it.
         """
-        page = self.page(sum(_padded(item.nbytes) for item in items_of(bucket).values()))
-        for name, item in items_of(bucket).items():
+        page = self.page(sum(_padded(item.nbytes) for item in bucket.values()))
+        for name, item in bucket.items():
             page.add(name, made(item))
         return page.parcel()
 
@@ -189,12 +189,12 @@ class Receiver:
         self._folder = found
         return ""
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Received:  # noqa: ARG002
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:  # noqa: ARG002
         """Views of the mapped file, of which a digest was made anew; the trainer writes there again after the answer."""
         layout = _parsed(fields.get("layout", ""))
         tensors = _views(self._bytes_of(fields.get("file", ""), _end(layout)), layout)
         check_digest(digest_of(tensors), digest)
-        return tensors
+        return Bucket(tensors)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -156,10 +156,10 @@ _LAYOUT = [
     _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.distributed_executor_backend", ALL),
     _fact("vllm_seam/layout.py", "vllm.config.parallel:ParallelConfig.enable_expert_parallel", ALL),
     _fact("vllm_seam/layout.py", "vllm.config.parallel:DistributedExecutorBackend", (), offers("external_launcher"), "has external_launcher"),
-    _fact("push/plan.py", f"{LLM}.llm_engine", ()),
-    _fact("push/plan.py", f"{LLM_ENGINE}.vllm_config", ()),
-    _fact("push/plan.py", f"{CONFIG}:VllmConfig.lora_config", ()),
-    _fact("push/plan.py", "vllm.config.lora:LoRAConfig.max_lora_rank", ()),
+    _fact("planning/plan.py", f"{LLM}.llm_engine", ()),
+    _fact("planning/plan.py", f"{LLM_ENGINE}.vllm_config", ()),
+    _fact("planning/plan.py", f"{CONFIG}:VllmConfig.lora_config", ()),
+    _fact("planning/plan.py", "vllm.config.lora:LoRAConfig.max_lora_rank", ()),
 ]  # fmt: skip
 
 _VERIFY = [

@@ -29,7 +29,7 @@ ROOTS = {
     "lorasync/targets/front.py": {"engine", "state"},
     "lorasync/targets/patience.py": {"core"},
     "lorasync/push/adapter_request.py": {"request"},
-    "lorasync/push/plan.py": {"lora"},
+    "lorasync/planning/plan.py": {"lora"},
     "lorasync/verify.py": {"llm", "o"},
     "lorasync/vllm_seam/layout.py": {"parallel"},
     "lorasync/vllm_seam/lora.py": {"self._manager", "cache", "helper", "mapper", "built"},

@@ -23,6 +23,7 @@ import torch
 
 import lorasync as ls
 from lorasync import base_check, errors, wire
+from lorasync.bucket import Bucket
 from lorasync.errors import LorasyncError
 from lorasync.push import MergeInWorker, connect
 from lorasync.push.answers import read_answers
@@ -70,7 +71,7 @@ class Receiver:
         session, post = self.conversation.session, self.sync._engines.post
         self.offers = post.offers(hands_over=False)
         self.folder = Path(self.offers["shared_memory"]["folder"])
-        self.parcel = post._senders["shared_memory"].put(small)
+        self.parcel = post._senders["shared_memory"].put(Bucket(small))
         self.file = (self.folder / self.parcel.fields["file"]).read_bytes()
         self.bucket = wire.BucketMessage(
             session=session, version=2, kind="bucket", transport="inline", digest=self.digest

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from ds_worker import init_distributed
 
-from lorasync.estimate import LiveBytes
 from lorasync.load import load_quantized
+from lorasync.planning.memory import LiveBytes
 from lorasync.presets import QLORA_ZERO2
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasync.estimate import estimate_memory
+from lorasync.planning.memory import estimate_memory
 from lorasync.presets import QLORA_ZERO2
 
 WORKER = Path(__file__).with_name("memory_worker.py")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import lorasync as ls
+from lorasync.bucket import Bucket
 from lorasync.push import MergeInWorker, ServeAdapter
 from lorasync.push.strategies import LoadMerged
 from lorasync.transport.post import Post, ways_taken
@@ -60,7 +61,7 @@ class Told:
     def __init__(self, engine: Any, way: str, policy: Any) -> None:
         self.engine, self.post, self.session = engine, Post(), f"session of {way}"
         source = ls.MergedSource(policy) if way == "merged" else ls.FactorSource(policy)
-        self.bucket = dict(source)
+        self.bucket = Bucket(source)
         self.strategy = STRATEGIES[way].handshake(source)
         self.manifest = manifest_as_text((m.name, m.dtype, m.shape) for m in source.metadata())
         self.lines: list[Any] = []

@@ -12,7 +12,7 @@ import torch
 from ds_worker import init_distributed
 from torch import distributed as dist
 
-from lorasync.estimate import LiveBytes
+from lorasync.planning.memory import LiveBytes
 from lorasync.source import MergedSource
 from tests.ranks_worker import with_zero
 from tests.tiny import TEXT, adapt

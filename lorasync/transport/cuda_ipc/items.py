@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorasync.bucket import Bucket, Item
 from lorasync.errors import PayloadError
 from lorasync.kernels import Int8Base, NestedAbsmax, PackedBase, PendingMerge, PlainBase, merge_job
 from lorasync.kernels.checksum import can_be_summed
-from lorasync.lent import Held, Item, Recurring, made, unwrapped
 from lorasync.wire import dtype_name, dtype_of
 
 if TYPE_CHECKING:
@@ -50,16 +50,16 @@ class Parts:
                 parts.frozen.extend(tensor for _, tensor in item.base.tensors())
                 parts.fresh.extend(item.factors)
             else:
-                parts.fresh.append(made(item))
+                parts.fresh.append(item)
         return parts
 
 
 def is_lendable(item: Item) -> bool:
-    """Whether another process can read the item where it lies in the trainer's model."""
+    """Say whether another process can read the item where it lies in the trainer's model."""
     if isinstance(item, PendingMerge):
         parts = item.tensors()
         return all(map(can_be_summed, parts)) and len({part.device for part in parts}) == 1
-    return isinstance(item, Held) and can_be_summed(item.param)
+    return can_be_summed(item)
 
 
 class Storages:
@@ -85,7 +85,7 @@ class Storages:
 
 def as_text(bucket: Mapping[str, Item], storages: Storages) -> str:
     """Write a bucket as JSON; every tensor in it must be contiguous."""
-    return json.dumps({name: _written(unwrapped(item), storages) for name, item in bucket.items()})
+    return json.dumps({name: _written(item, storages) for name, item in bucket.items()})
 
 
 def _written(value: Any, storages: Storages) -> Any:
@@ -100,14 +100,15 @@ def _written(value: Any, storages: Storages) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_text(text: str, storages: Sequence[Tensor]) -> Recurring:
+def from_text(text: str, storages: Sequence[Tensor]) -> Bucket[Item]:
     """Read what `as_text` wrote: views of the storages (uint8), and merges from them.
 
     Raises:
         PayloadError: It is something else, or leads out of a storage.
     """
     try:
-        found = Recurring((str(name), _read(value, storages)) for name, value in _unique(text).items())
+        read = ((str(name), _read(value, storages)) for name, value in _unique(text).items())
+        found: Bucket[Item] = Bucket(read, key=object())
         wrong = [name for name, item in found.items() if not isinstance(item, Tensor | PendingMerge)]
         if wrong:
             raise ValueError(f"{wrong[0]} is no weight")

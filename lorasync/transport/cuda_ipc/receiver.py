@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.lent import Recurring
+    from lorasync.bucket import Bucket, Item
 
 
 class Receiver:
@@ -28,10 +28,10 @@ class Receiver:
         """A worker without a GPU reads none; whether it is the trainer's GPU is compared for each bucket."""
         return "" if gpu_of(self._device) else "this worker shares no GPU"
 
-    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Recurring:  # noqa: ARG002
+    def take(self, fields: Mapping[str, str], payload: Any, digest: str) -> Bucket[Item]:  # noqa: ARG002
         """A bucket that lies in the trainer's memory: to be read before the trainer gets its answer.
 
-        The same objects come again for as long as handles and layout are the same.
+        It is reused, with the same key, for as long as handles and layout are the same.
 
         Raises:
             PayloadError: Handles or layout are malformed, lead out of the memory, or a checksum is not the expected one.
@@ -57,7 +57,7 @@ class Receiver:
 
 
 class _Page:
-    def __init__(self, bucket: Recurring) -> None:
+    def __init__(self, bucket: Bucket[Item]) -> None:
         self.bucket, self.first = bucket, next(iter(bucket), "")
         parts = Parts.of(bucket)
         try:

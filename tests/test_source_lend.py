@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 
 import lorasync as ls
+from lorasync.bucket import made
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError
 from lorasync.kernels import Peaks, PendingMerge
-from lorasync.lent import made
 from lorasync.load import load_quantized
 from lorasync.presets import NF4
 from tests import models
@@ -25,7 +25,7 @@ def a_policy(**settings: Any) -> Any:
 
 def lent(source: ls.MergedSource) -> dict[str, torch.Tensor]:
     lent, rest = source.lend()
-    return {name: made(item) for name, item in lent.items.items()} | dict(rest)
+    return {name: made(item) for name, item in lent.items()} | dict(rest)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def lent(source: ls.MergedSource) -> dict[str, torch.Tensor]:
 )
 def test_what_is_lent_is_what_iteration_yields(settings: dict[str, Any]) -> None:
     source = ls.MergedSource(a_policy(**settings))
-    pending = [item for item in source.lend()[0].items.values() if isinstance(item, PendingMerge)]
+    pending = [item for item in source.lend()[0].values() if isinstance(item, PendingMerge)]
     assert len(pending) == 14
     copies = dict(source)
     assert list(lent(source)) == list(copies)
@@ -43,7 +43,7 @@ def test_what_is_lent_is_what_iteration_yields(settings: dict[str, Any]) -> None
 def test_a_pending_merge_of_a_4_bit_weight_refers_to_the_packed_one(tmp_path: Any) -> None:
     base = load_quantized(models.save(models.tiny_llama(), tmp_path), NF4, progress=False)
     source = ls.MergedSource(models.with_adapter(base, r=4))
-    merge = source.lend()[0].items["model.layers.0.mlp.up_proj.weight"]
+    merge = source.lend()[0]["model.layers.0.mlp.up_proj.weight"]
     assert isinstance(merge, PendingMerge)
     packed = source.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").weight
     assert dict(merge.base.tensors())["packed"].data_ptr() == packed.data_ptr()
@@ -55,12 +55,12 @@ def test_a_pending_merge_of_a_4_bit_weight_refers_to_the_packed_one(tmp_path: An
 def test_the_same_merges_come_again_until_something_moves() -> None:
     policy = a_policy()
     source = ls.MergedSource(policy)
-    first, again = source.lend()[0].items, source.lend()[0].items
+    first, again = source.lend()[0], source.lend()[0]
     assert all(again[name] is item for name, item in first.items() if isinstance(item, PendingMerge))
     name = "model.layers.1.mlp.up_proj.weight"
     weight = policy.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer").weight
     weight.data = weight.data.clone() + 1
-    moved = source.lend()[0].items[name]
+    moved = source.lend()[0][name]
     assert moved is not first[name]
     assert same_bits(moved.make(), dict(source)[name])
 
@@ -138,7 +138,7 @@ def test_a_kept_plan_sees_a_factor_that_is_not_whole():
 def test_a_borrowed_factor_is_the_parameter_itself() -> None:
     policy = a_policy()
     held = {param.data_ptr() for param in policy.parameters()}
-    assert all(item.tensor.data_ptr() in held for item in ls.FactorSource(policy).lend()[0].items.values())
+    assert all(made(item).data_ptr() in held for item in ls.FactorSource(policy).lend()[0].values())
     assert not any(tensor.data_ptr() in held for _, tensor in ls.FactorSource(policy))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasync.errors import LorasyncError
-from lorasync.push.cost import Job, sync_seconds
+from lorasync.planning.cost import Job, sync_seconds
 from lorasync.source import FactorSource, MergedSource, unwrap
 from lorasync.source.base import packing
 from lorasync.source.model import base_of
@@ -17,7 +17,7 @@ from lorasync.source.model import base_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lorasync.push.cost import Device, Link
+    from lorasync.planning.cost import Device, Link
 
 
 _SLOTS_DECODE = "1.24 to 1.34 times as long (7B, r=64, H100): every layer computes the factors too"
@@ -33,7 +33,7 @@ class Strategy:
         wire_bytes: what travels at each sync.
         setup_bytes: what travels once, in the handshake.
         worker_bytes: what the workers keep besides the weights that they serve, all ranks together.
-        seconds: what a sync is expected to take by the cost model (`lorasync.push.cost`); None where no device was named.
+        seconds: what a sync is expected to take by `lorasync.planning.cost`'s model; None where no device was named.
         fidelity: how exactly the engine then serves the trained policy.
         decode: what generating costs compared with merged weights.
     """
@@ -79,8 +79,8 @@ def plan(
         model: the training model, or the engine around it.
         target: a `vllm.LLM` or `AsyncLLM`; None judges the adapter alone.
         adapter: which adapter; the active one by default.
-        device: what trainer and engine run on (`lorasync.push.cost.H100`, for one), for the expected seconds.
-        link: how bytes get to the engine (`lorasync.push.cost.ETHERNET10`); None where both share a process.
+        device: what trainer and engine run on (`lorasync.planning.cost.H100`, for one), for the expected seconds.
+        link: how bytes get to the engine (`lorasync.planning.cost.ETHERNET10`); None where both share a process.
 
     Returns:
         the strategies with bytes and fidelity, and a choice. Whether the engine holds the same base is compared
