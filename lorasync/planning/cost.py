@@ -1,7 +1,7 @@
 """What a sync costs before it is run: bytes over bandwidths, with constants from `benchmarks/results`.
 
 A pure model, for `docs/scaling.md` and for choosing: no device is looked at. What was fitted and what was only checked is
-said in `tests/test_cost.py`; links other than shared memory are nominal and were not measured.
+said in `tests/planning/test_cost.py`; links other than shared memory are nominal and were not measured.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lorasync.zero.rules.case import Case
 
-_INTEGERS_SHARDED = "2.13"  # torch, FSDP2: run by tests/test_source_ranks.py
+_INTEGERS_SHARDED = "2.13"  # torch, FSDP2: run by tests/source/test_ranks.py
 
 
 def storage_cast(case: Case) -> Iterator[Finding]:

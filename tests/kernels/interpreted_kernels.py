@@ -1,4 +1,4 @@
-"""Run the Triton kernels in Triton's interpreter; `tests/test_kernels.py` starts this file as a process.
+"""Run the Triton kernels in Triton's interpreter; `tests/kernels/test_kernels.py` starts this file as a process.
 
 The interpreter cuts where a GPU rounds to bf16, and multiplies no bf16: so weights are fp16 and fp32 here.
 What only a GPU has (bf16 thirds, the shuffled look-up, tensor cores' sums) is in `tests/gpu/`.

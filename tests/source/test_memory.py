@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasync.source import FactorSource, MergedSource
-from tests.test_source import quantized
+from tests.source.test_source import quantized
 from tests.tiny import TEXT, adapt
 
 if TYPE_CHECKING:

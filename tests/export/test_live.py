@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from lorasync.errors import ExportError, LoadError, LorasyncError, MismatchError
 from lorasync.export import merge_to_disk, writer
 from lorasync.source import MergedSource
+from tests.export.test_export import stored
 from tests.packed_bases import rewrite
-from tests.test_export import stored
-from tests.test_source import quantized
+from tests.source.test_source import quantized
 from tests.tiny import adapt, build, same_bits
 
 

@@ -18,7 +18,7 @@ from lorasync.receive.mergeable import ways_to_merge
 from lorasync.receive.planner import record_plan
 from lorasync.receive.served import notes_of
 from tests import families, models, served
-from tests.test_load_plan import Twin, ignoring, manifest
+from tests.receive.test_load_plan import Twin, ignoring, manifest
 
 STRATEGIES = {
     "merged": lambda policy: (ls.MergedSource(policy), None),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasync.quantization.block_scales import dequantize_fp8, dequantize_mxfp4, fp8_shape, mxfp4_shape
-from tests.test_source_memory import Allocations
+from tests.source.test_memory import Allocations
 from tests.tiny import same_bits
 
 

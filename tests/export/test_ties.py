@@ -17,8 +17,8 @@ from lorasync.errors import LorasyncError, MismatchError
 from lorasync.export import merge_to_disk
 from lorasync.merge import Stochastic
 from lorasync.source import FactorSource, MergedSource
+from tests.export.test_export import stored
 from tests.packed_bases import rewrite
-from tests.test_export import stored
 from tests.tiny import adapt, build, same_bits
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,7 +11,7 @@ import torch
 
 from lorasync.load import close_avx512_trap
 from lorasync.source import MergedSource
-from tests.test_source import quantized
+from tests.source.test_source import quantized
 from tests.tiny import adapt, build, same_bits
 
 if TYPE_CHECKING:

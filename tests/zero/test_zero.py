@@ -221,7 +221,7 @@ def test_fused_experts_are_named():
 
 
 def test_fsdp2_takes_packed_weights_in_bytes_and_casts_those_in_another_float():
-    """Bytes: tests/test_source_ranks.py trains and merges them."""
+    """Bytes: tests/source/test_ranks.py trains and merges them."""
     assert not inspect_zero(PLAN, Fsdp2()).findings
     assert not inspect_zero(replace(PLAN, storage_dtype=torch.bfloat16), Fsdp2()).findings
     assert "fsdp2-storage" in codes(replace(PLAN, storage_dtype=torch.float32), Fsdp2(), "error")

@@ -168,7 +168,7 @@ def test_tile_shapes_fit_the_kernels(r_pad: int, split: bool) -> None:
 def test_the_kernels_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     script = Path(__file__).with_name("interpreted_kernels.py")
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script)],
         env=environment,

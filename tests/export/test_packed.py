@@ -17,7 +17,7 @@ from lorasync.errors import LoadError, MismatchError
 from lorasync.export import merge_to_disk
 from tests import packed_bases
 from tests.packed_bases import foreign_folder, fp8_folder, mxfp4_folder, rewrite
-from tests.test_source import quantized
+from tests.source.test_source import quantized
 from tests.tiny import adapt, fill, same_bits
 
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
@@ -176,7 +176,7 @@ def _saved(model: Any, folder: Path) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from tests.test_export import stored
+    from tests.export.test_export import stored
 
     return stored(folder)
 

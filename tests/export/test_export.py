@@ -21,8 +21,8 @@ from lorasync.errors import ExportError, LoadError, MismatchError, NonFiniteErro
 from lorasync.export import merge_to_disk
 from lorasync.export.checkpoint import Tensors
 from lorasync.source import MergedSource
-from tests.test_source import quantized
-from tests.test_source_memory import VOCAB, WIDTH, Allocations, llama
+from tests.source.test_memory import VOCAB, WIDTH, Allocations, llama
+from tests.source.test_source import quantized
 from tests.tiny import adapt, build, fill, same_bits
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -207,7 +207,7 @@ def test_a_disk_that_is_too_small_or_gets_full(tmp_path: Path, monkeypatch: pyte
 
 
 def _python(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", script, *args]
     env = {**os.environ, "PYTHONPATH": root}
     return subprocess.run(

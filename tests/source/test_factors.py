@@ -16,7 +16,7 @@ from lorasync.errors import AdapterError, MismatchError, NonFiniteError, Unmerge
 from lorasync.merge import NEAREST, merge_low_rank, replace_rows
 from lorasync.source import FactorSource, FactorSpec, MergedSource
 from lorasync.source.base import read
-from tests.test_source import quantized, zoo
+from tests.source.test_source import quantized, zoo
 from tests.tiny import adapt, build, fill, same_bits, snapshot, unchanged
 
 if TYPE_CHECKING:

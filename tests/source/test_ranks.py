@@ -14,7 +14,7 @@ import pytest
 
 from tests.ranks_worker import llama
 
-WORKER = Path(__file__).with_name("ranks_worker.py")
+WORKER = Path(__file__).parents[1] / "ranks_worker.py"
 
 
 KINDS = ["plain", "dora", "4bit", "4bit in bytes"]
