@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from lorasync.targets.base import Pause
+    from lorasync.wire.messages import Kind
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -146,9 +147,15 @@ class Engines:
             self.abort(version, error)
             raise
 
-    def flight(self) -> Flight:
-        """The buckets of one push, on their way."""
-        return Flight(self)
+    def flight(self, version: int, *, beside: bool, kind: Kind = "bucket") -> Flight:
+        """The buckets of one version, on their way.
+
+        Args:
+            version: the version that they are parts of.
+            beside: stage them beside what is served; otherwise they go into live weights.
+            kind: ``"base"`` for the packed base that is sent once.
+        """
+        return Flight(self, version, beside=beside, kind=kind)
 
     def commit(self, version: int, keep: Collection[int] = ()) -> float:
         """All of them serve the version, or none does; the slowest worker's seconds.

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorasync.bucket import Bucket, Item
     from lorasync.push.flight import Flight
     from lorasync.verify import LogprobGap
 
@@ -82,18 +81,9 @@ class Totals:
         self.digests: list[str] = []
         self.ways: tuple[str, ...] = ()
 
-    def count(self, tensor: torch.Tensor) -> None:
-        self.tensors += 1
-        self.bytes += tensor.nbytes
-
-    def add(self, bucket: Bucket[Item], sending: float) -> None:
-        """Count a bucket, and the seconds that it took to send it."""
-        self.tensors += len(bucket)
-        self.bytes += bucket.nbytes
-        self.sending += sending
-
-    def sent(self, flight: Flight, sending: float) -> None:
-        """Take over what is known when all buckets have arrived."""
+    def take(self, flight: Flight, sending: float) -> None:
+        """Take over what is known when all buckets have arrived, and the seconds that it took beside the source's own."""
+        self.tensors, self.bytes = flight.tensors, flight.bytes
         self.ways, self.digests = tuple(flight.ways), flight.digests
         self.apply += flight.applying
         self.sending += sending

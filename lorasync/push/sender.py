@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorasync.bucket import NOTHING, Latest
-from lorasync.push.buckets import buckets
 from lorasync.push.pause import stoppable
 from lorasync.push.report import SyncReport, Totals, timed
 from lorasync.push.trainer_ranks import agreed_by_all_ranks
@@ -35,9 +33,11 @@ class Sender:
 
     Attributes:
         handshake: what was agreed on; set before the first push.
+        bytes: of all tensors that a push sends, as the source has said in the handshake.
     """
 
     handshake: Handshake
+    bytes = 0
 
     def __init__(self, strategy: Strategy, *, bucket_bytes: int) -> None:
         self._strategy = strategy
@@ -85,7 +85,14 @@ class Sender:
         return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
 
     def _transfer(
-        self, lent: Bucket[Item], stream: Stream, engines: Engines, version: int, totals: Totals, stop: Stop
+        self,
+        source: Source,
+        lent: Bucket[Item],
+        stream: Stream,
+        engines: Engines,
+        version: int,
+        totals: Totals,
+        stop: Stop,
     ) -> None:
         try:
             with agreed_by_all_ranks():
@@ -104,21 +111,21 @@ class Sender:
             raise
 
     def _send(
-        self, lent: Bucket[Item], stream: Stream, engines: Engines, version: int, totals: Totals
+        self,
+        source: Source,
+        lent: Bucket[Item],
+        stream: Stream,
+        engines: Engines,
+        version: int,
+        totals: Totals,
     ) -> None:
-        if not engines.sessions:
-            for _, tensor in stream:
-                totals.count(tensor)
-            return
-        first = [lent] if lent else []
-        with engines.flight() as flight:
-            for bucket in chain(first, buckets(stream, self._limit)):
-                sending = time.perf_counter()
-                flight.send(bucket, version, beside=self._strategy.stages_beside)
-                totals.add(bucket, time.perf_counter() - sending)
-            sending = time.perf_counter()
+        began, reading = time.perf_counter(), totals.source
+        with engines.flight(version, beside=self._strategy.stages_beside) as flight:
+            if lent:
+                flight.send(lent)
+            flight.send_stream(stream, limit=self._limit, expected=self.bytes)
             flight.wait()
-            totals.sent(flight, time.perf_counter() - sending)
+        totals.take(flight, time.perf_counter() - began - (totals.source - reading))
 
     @property
     def _limit(self) -> int:
@@ -175,9 +182,8 @@ class Sender:
 
     def send_base(self, source: Source, engines: Engines, version: int) -> None:
         """Once: the packed 4-bit weights that the workers merge from. Every rank takes part in reading them."""
-        with engines.flight() as flight:
-            for bucket in buckets(self._strategy.packed_base(source), self._limit):
-                flight.send(bucket, version, kind="base", beside=True)
+        with engines.flight(version, beside=True, kind="base") as flight:
+            flight.send_stream(self._strategy.packed_base(source), limit=self._limit, expected=self._limit)
             flight.wait()
 
 

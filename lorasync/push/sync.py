@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import warnings
 from dataclasses import replace
@@ -97,6 +98,7 @@ class Sync:
             with agreed_by_all_ranks():
                 manifest, message = source.metadata(), strategy.handshake(source)
                 self._sender.handshake = Handshake(source, strategy, message)
+                self._sender.bytes = sum(m.dtype.itemsize * math.prod(m.shape) for m in manifest)
                 self._engines.hello(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
             check_whole(self._engines)
             self.version = self._newest = largest_of_all_ranks(self._engines.version)

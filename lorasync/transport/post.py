@@ -49,15 +49,21 @@ class Post:
         made = {way: self._senders[way].put(bucket) for way in dict.fromkeys(ways)}
         return [made[way] for way in ways]
 
-    def pages(self, places: Sequence[Place]) -> shared_memory.Sender | None:
-        """The sender that writes tensors as they come, if that is the cheapest way to all of these engines."""
+    def pages(self, places: Sequence[Place], expected: int) -> shared_memory.Sender | None:
+        """The sender that writes tensors as they come, if that is the cheapest way to all of these engines.
+
+        Args:
+            places: the engines.
+            expected: bytes of all tensors together.
+        """
         sender = self._senders.get(shared_memory.NAME)
         first = {place.ways[0] for place in places}
-        return sender if isinstance(sender, shared_memory.Sender) and first == {shared_memory.NAME} else None
+        all_so = isinstance(sender, shared_memory.Sender) and first == {shared_memory.NAME}
+        return sender if all_so and expected > inline.SMALL else None  # type: ignore[return-value]
 
-    def overlap(self, places: Sequence[Place]) -> bool:
+    def overlap(self, bucket: Bucket[Item], places: Sequence[Place]) -> bool:
         """Whether a bucket may be made ready for these engines while they read the one before."""
-        return all(self._senders[way].overlaps for place in places for way in place.ways)
+        return all(self._senders[self.way_of(bucket, place)].overlaps for place in places)
 
     def release(self) -> None:
         """A push has failed: what it has taken is given back."""

@@ -27,8 +27,8 @@ def greeted(kind: str = "merge", **llms: StubLLM) -> Engines:
 
 
 def send(engines: Engines, version: int) -> None:
-    with engines.flight() as flight:
-        flight.send(BUCKET, version, beside=True)
+    with engines.flight(version, beside=True) as flight:
+        flight.send(BUCKET)
         flight.wait()
 
 
