@@ -86,7 +86,6 @@ class Sender:
 
     def _transfer(
         self,
-        source: Source,
         lent: Bucket[Item],
         stream: Stream,
         engines: Engines,
@@ -112,7 +111,6 @@ class Sender:
 
     def _send(
         self,
-        source: Source,
         lent: Bucket[Item],
         stream: Stream,
         engines: Engines,
