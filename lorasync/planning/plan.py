@@ -11,8 +11,8 @@ import torch
 from lorasync.errors import LorasyncError
 from lorasync.planning.cost import Job, sync_seconds
 from lorasync.source import FactorSource, MergedSource, unwrap
-from lorasync.source.base import packing
 from lorasync.source.model import base_of
+from lorasync.source.parameter import packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from lorasync.errors import (
     SyncError,
     SyncTimeoutError,
 )
-from lorasync.receive.apply import Applier, applier_for
+from lorasync.receive.appliers import Applier, applier_for
 from lorasync.receive.device import beside_the_engine, wait_for, wait_for_stream
 from lorasync.receive.served import ServedModel, notes_of
 from lorasync.transport import in_process

@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lorasync.bucket import NOTHING, Bucket, Item, Latest, addresses
 from lorasync.errors import AdapterError, UnmergeableError
-from lorasync.source.base import packed
 from lorasync.source.describe import checkpoint_names, describe
 from lorasync.source.finite import FiniteCheck, Input
 from lorasync.source.fits import Merges, refuse_range
 from lorasync.source.meta import ParamMeta
 from lorasync.source.model import base_of, named, saved_buffers, unwrap
+from lorasync.source.parameter import packed
 from lorasync.source.picked import picked
 from lorasync.source.plan import Slot, blocks, slots
 from lorasync.source.probe import Probe

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from lorasync.bucket import Latest, addresses
 from lorasync.errors import NonFiniteError
 from lorasync.kernels import Peaks, largest
-from lorasync.source.base import scale_bound
+from lorasync.source.parameter import scale_bound
 from lorasync.zero import can_be_sharded, is_sharded
 from lorasync.zero.gather import held_part
 

@@ -17,8 +17,8 @@ from lorasync.merge import NEAREST, Nearest, Rounding, Scratch, low_rank_shape, 
 from lorasync.merge.edits import edited
 from lorasync.quantization import LIVE, of_model
 from lorasync.source import layers, replica
-from lorasync.source.base import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
 from lorasync.source.model import submodules, transparent
+from lorasync.source.parameter import logical, merge_base, packing, read, scales_of, tensor_of, tensors_of
 from lorasync.zero import full_shape
 from lorasync.zero.whole import AS_HELD, Whole
 

@@ -15,7 +15,7 @@ from lorasync.bnb import dequantize_4bit
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError, UnmergeableError
 from lorasync.merge import NEAREST, merge_low_rank, replace_rows
 from lorasync.source import FactorSource, FactorSpec, MergedSource
-from lorasync.source.base import read
+from lorasync.source.parameter import read
 from tests.source.test_source import quantized, zoo
 from tests.tiny import adapt, build, fill, same_bits, snapshot, unchanged
 

@@ -21,7 +21,7 @@ from torch import nn
 from lorasync.errors import AdapterError, MismatchError, NonFiniteError, UnmergeableError
 from lorasync.merge import Stochastic
 from lorasync.source import FactorSource, MergedSource, unwrap
-from lorasync.source.base import packing, read
+from lorasync.source.parameter import packing, read
 from tests.tiny import adapt, build, fill, same_bits, snapshot, unchanged
 
 if TYPE_CHECKING:
