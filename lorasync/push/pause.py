@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorasync.push.engines import Engines
 
 
-class Stop:
+class Pausing:
     """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
 
     def __init__(self, engines: Engines) -> None:
@@ -34,13 +34,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stoppable(engines: Engines) -> Iterator[Stop]:
+def pausable(engines: Engines) -> Iterator[Pausing]:
     """Whatever happens in the block, the engines that may generate do so after it."""
-    stop = Stop(engines)
+    pausing = Pausing(engines)
     try:
-        yield stop
+        yield pausing
     except BaseException:
         with contextlib.suppress(Exception):  # a dead engine: the first error is the one that counts
-            stop.end()
+            pausing.end()
         raise
-    stop.end()
+    pausing.end()

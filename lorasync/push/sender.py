@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync.bucket import NOTHING, Latest
-from lorasync.push.pause import stoppable
+from lorasync.push.pause import pausable
 from lorasync.push.report import SyncReport, Totals, timed
 from lorasync.push.trainer_ranks import agreed_by_all_ranks
 from lorasync.source import FactorSource, MergedSource
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorasync.bucket import Bucket, Item
     from lorasync.push.engines import Engines
     from lorasync.push.handshake import Handshake
-    from lorasync.push.pause import Stop
+    from lorasync.push.pause import Pausing
     from lorasync.push.strategies import Strategy
     from lorasync.push.versions import AdapterVersions
     from lorasync.source.meta import Source
@@ -70,19 +70,19 @@ class Sender:
         began = time.perf_counter()
         totals = Totals(self._strategy.report_name)
         engines.begin()
-        with stoppable(engines) as stop:
+        with pausable(engines) as pause:
             with agreed_by_all_ranks():
                 check()
                 engines.catch_up()
                 lent, stream = self._read(source, engines, totals)
                 if not self._strategy.stages_beside:
                     engines.check_ours(version)
-                    stop.begin()  # merged weights are live as they come
-            self._transfer(lent, stream, engines, version, totals, stop)
+                    pause.begin()  # merged weights are live as they come
+            self._transfer(lent, stream, engines, version, totals, pause)
             blocked = self._commit(engines, version, versions, totals, committing)
         if not self._strategy.changes_weights and engines.generates_meanwhile:
-            stop.seconds = blocked  # the engine's loop waits while a worker installs the adapter
-        return totals.report(version, engines.ranks, time.perf_counter() - began, stop.seconds)
+            pause.seconds = blocked  # the engine's loop waits while a worker installs the adapter
+        return totals.report(version, engines.ranks, time.perf_counter() - began, pause.seconds)
 
     def _transfer(
         self,
@@ -91,7 +91,7 @@ class Sender:
         engines: Engines,
         version: int,
         totals: Totals,
-        stop: Stop,
+        pause: Pausing,
     ) -> None:
         try:
             with agreed_by_all_ranks():
@@ -100,7 +100,7 @@ class Sender:
                     if not self._strategy.changes_weights:
                         engines.each(lambda session: session.wait_for_room())
                     elif self._strategy.stages_beside:
-                        stop.begin()  # factors were staged beside what is served until now
+                        pause.begin()  # factors were staged beside what is served until now
                 except BaseException:
                     for _ in stream:  # the other trainer ranks are in its collectives
                         pass

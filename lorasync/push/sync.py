@@ -18,7 +18,7 @@ from lorasync.push.engines import Engines
 from lorasync.push.fits import check_fits, dtypes_of_all_ranks
 from lorasync.push.handshake import Handshake
 from lorasync.push.measured import warned, with_canary, with_survival
-from lorasync.push.pause import stoppable
+from lorasync.push.pause import pausable
 from lorasync.push.sender import Sender
 from lorasync.push.strategies import LoadMerged, ServeAdapter
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
@@ -233,11 +233,11 @@ class Sync:
 
     def _roll_back(self, before: int) -> None:
         engines, versions = self._engines, self._versions
-        with stoppable(engines) as stop:
+        with pausable(engines) as pausing:
             keep: set[int] = set()
             with agreed_by_all_ranks():
                 if versions is None:
-                    stop.begin()
+                    pausing.begin()
                 else:
                     versions.serve(before, keep=engines.in_flight())
                     keep = {*versions.to_keep(), before}
