@@ -182,7 +182,7 @@ def code_lines(source: str) -> int:
     )
 
 
-def tests_of(module: str) -> list[str]:
+def may_cover(module: str) -> list[str]:
     """Return where the tests of a module may be: in a file of its name, or of the name of a package that it is in."""
     _, *parts = module.split(".")
     found = []
@@ -200,7 +200,7 @@ def without_tests(modules: dict[str, str], tests: set[str], covered_by: dict[str
         module
         for module, source in modules.items()
         if code_lines(source) > LINES_WITHOUT_A_TEST
-        and not tests & {*tests_of(module), *[covered_by[module]] * (module in covered_by)}
+        and not tests & {*may_cover(module), covered_by.get(module, "")}
     )
 
 
@@ -212,8 +212,8 @@ def test_a_module_without_a_test_file_is_found() -> None:
     long = '"""What\nit is."""\n' + "# why\n\nx = 1\n" * 61
     assert code_lines(long) == 61
     own, package, inside = "tests/push/test_new.py", "tests/test_push.py", "tests/push/test_push.py"
-    assert tests_of("lorasync.push.new") == [own, package, inside]
-    assert tests_of("lorasync.names") == ["tests/test_names.py"]
+    assert may_cover("lorasync.push.new") == [own, package, inside]
+    assert may_cover("lorasync.names") == ["tests/test_names.py"]
     module = {"lorasync.push.new": long}
     assert without_tests(module, {"tests/test_new.py", "tests/push/test_old.py"}, {}) == ["lorasync.push.new"]
     for tests in (own, package, inside):

@@ -10,7 +10,7 @@ import pytest
 
 from lorasync.errors import SyncError
 from lorasync.push.engines import Engines
-from lorasync.push.pause import stoppable
+from lorasync.push.pause import pausable
 from tests.stub_async import StubAsyncLLM, running_loop
 from tests.stub_engine import StubLLM, raising
 
@@ -27,41 +27,41 @@ def engines_of(**engines: Any) -> Engines:
 
 def test_engines_are_stopped_once_and_resumed_at_the_end(loop):
     left, right = StubAsyncLLM(loop), StubAsyncLLM(loop)
-    with stoppable(engines_of(left=left, right=right)) as stop:
+    with pausable(engines_of(left=left, right=right)) as pausing:
         assert left.first.calls == []  # they generate until they have to be stopped
-        stop.begin()
-        stop.begin()
+        pausing.begin()
+        pausing.begin()
         time.sleep(0.1)
-        assert stop.seconds is None
+        assert pausing.seconds is None
     assert left.first.calls == right.first.calls == ["pause keep", "resume"]
-    assert 0.1 <= stop.seconds < 5.0
+    assert 0.1 <= pausing.seconds < 5.0
 
 
 def test_without_a_stop_there_are_no_seconds(loop):
     engine = StubAsyncLLM(loop)
-    with stoppable(engines_of(engine=engine)) as stop:
+    with pausable(engines_of(engine=engine)) as pausing:
         pass
-    assert stop.seconds is None
+    assert pausing.seconds is None
     assert "pause keep" not in engine.first.calls
 
 
 def test_an_engine_that_never_generates_meanwhile_was_not_stopped():
-    with stoppable(engines_of(engine=StubLLM())) as stop:
-        stop.begin()
-    assert stop.seconds is None
+    with pausable(engines_of(engine=StubLLM())) as pausing:
+        pausing.begin()
+    assert pausing.seconds is None
 
 
 def test_requests_in_flight_that_a_change_of_weights_would_break_stop_the_push():
     llm = StubLLM()
     llm.in_flight = {"left over": None}
-    with pytest.raises(SyncError, match="left over"), stoppable(engines_of(engine=llm)) as stop:
-        stop.begin()
-    assert stop.seconds is None
+    with pytest.raises(SyncError, match="left over"), pausable(engines_of(engine=llm)) as pausing:
+        pausing.begin()
+    assert pausing.seconds is None
 
 
 def fails_while_stopped(engine: StubAsyncLLM) -> None:
-    with stoppable(engines_of(engine=engine)) as stop:
-        stop.begin()
+    with pausable(engines_of(engine=engine)) as pausing:
+        pausing.begin()
         raise SyncError("cut")
 
 
@@ -77,15 +77,15 @@ def test_an_engine_that_can_t_go_on_hides_no_earlier_error_and_is_one_of_its_own
     engine.first.on["resume"] = raising(RuntimeError("dead"))
     with pytest.raises(SyncError, match="cut"):
         fails_while_stopped(engine)
-    with pytest.raises(RuntimeError, match="dead"), stoppable(engines_of(engine=engine)) as stop:
-        stop.begin()
+    with pytest.raises(RuntimeError, match="dead"), pausable(engines_of(engine=engine)) as pausing:
+        pausing.begin()
 
 
 def test_no_engine_goes_on_while_one_must_not_generate(loop):
     left, right = StubAsyncLLM(loop), StubAsyncLLM(loop)
     engines = engines_of(left=left, right=right)
-    with stoppable(engines) as stop:
-        stop.begin()
+    with pausable(engines) as pausing:
+        pausing.begin()
         engines.sessions[1].shut("half of its weights are new")
     assert left.first.calls == right.first.calls == ["pause keep"]
-    assert stop.seconds is None
+    assert pausing.seconds is None
