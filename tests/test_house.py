@@ -10,12 +10,41 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
+LINES_WITHOUT_A_TEST = 60
 
 # What is still being cut. A test fails when an entry is no longer needed, so that these lists only get shorter.
 CIRCLES: set[frozenset[str]] = set()
 LONG_FILES: set[str] = set()
 # A Triton kernel is one function: what it calls is inlined by its compiler.
 LONG_FUNCTIONS = {"lorasync.kernels.triton_merge.merge_tiles"}
+
+# Modules whose tests have another name than theirs: the test file that covers each.
+COVERED_BY = {
+    "lorasync.model_size": "tests/load/test_load.py",
+    "lorasync.push.arguments": "tests/push/test_sync.py",
+    "lorasync.push.issued": "tests/push/test_requests.py",
+    "lorasync.push.report": "tests/push/test_sync.py",
+    "lorasync.push.sender": "tests/push/test_sync.py",
+    "lorasync.push.strategies": "tests/push/test_sync.py",
+    "lorasync.push.versions": "tests/push/test_requests.py",
+    "lorasync.receive.adapter": "tests/e2e/test_push_adapter.py",
+    "lorasync.receive.base_check": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.bases": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.engine": "tests/push/test_session.py",
+    "lorasync.receive.factors": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.load": "tests/receive/test_live.py",
+    "lorasync.receive.planner": "tests/receive/test_load_plan.py",
+    "lorasync.receive.recorder": "tests/receive/test_load_plan.py",
+    "lorasync.receive.reload": "tests/e2e/test_push_merged.py",
+    "lorasync.receive.remerge": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.restore": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.served": "tests/push/test_session.py",
+    "lorasync.receive.trained_base": "tests/receive/test_merge_in_worker.py",
+    "lorasync.receive.twin": "tests/receive/test_live.py",
+    "lorasync.receive.windows": "tests/receive/test_load_plan.py",
+    "lorasync.receive.writer": "tests/receive/test_live.py",
+    "lorasync.vllm_seam.lora": "tests/e2e/test_push_adapter.py",
+}
 
 
 def sources() -> dict[str, Path]:
@@ -137,3 +166,74 @@ def test_a_library_is_imported_in_its_own_room_only(library: str) -> None:
 def _imports(node: ast.Import | ast.ImportFrom, library: str) -> bool:
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     return any(name.partition(".")[0] == library for name in names)
+
+
+def code_lines(source: str) -> int:
+    """Count the lines that are neither empty, nor a comment, nor a part of a docstring."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(
+        number not in docstrings and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in lines
+    )
+
+
+def may_cover(module: str) -> list[str]:
+    """Return where the tests of a module may be: in a file of its name, or of the name of a package that it is in."""
+    _, *parts = module.split(".")
+    found = []
+    for depth in range(len(parts), 0, -1):
+        *folders, name = parts[:depth]
+        found.append("/".join(["tests", *folders, f"test_{name}.py"]))
+        if depth < len(parts):  # a package: its tests may also be inside its folder
+            found.append("/".join(["tests", *folders, name, f"test_{name}.py"]))
+    return found
+
+
+def without_tests(modules: dict[str, str], tests: set[str], covered_by: dict[str, str]) -> list[str]:
+    """Return the modules, given with their sources, that no test file is said to cover."""
+    return sorted(
+        module
+        for module, source in modules.items()
+        if code_lines(source) > LINES_WITHOUT_A_TEST
+        and not tests & {*may_cover(module), covered_by.get(module, "")}
+    )
+
+
+def _test_files() -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_a_module_without_a_test_file_is_found() -> None:
+    long = '"""What\nit is."""\n' + "# why\n\nx = 1\n" * 61
+    assert code_lines(long) == 61
+    own, package, inside = "tests/push/test_new.py", "tests/test_push.py", "tests/push/test_push.py"
+    assert may_cover("lorasync.push.new") == [own, package, inside]
+    assert may_cover("lorasync.names") == ["tests/test_names.py"]
+    module = {"lorasync.push.new": long}
+    assert without_tests(module, {"tests/test_new.py", "tests/push/test_old.py"}, {}) == ["lorasync.push.new"]
+    for tests in (own, package, inside):
+        assert without_tests(module, {tests}, {}) == []
+    assert (
+        without_tests(module, {"tests/e2e/test_it.py"}, {"lorasync.push.new": "tests/e2e/test_it.py"}) == []
+    )
+    assert without_tests(module, set(), {"lorasync.push.new": "tests/e2e/test_it.py"}) == [
+        "lorasync.push.new"
+    ]
+    assert without_tests({"lorasync.push.new": "x = 1\n" * 60}, set(), {}) == []
+
+
+def test_every_module_has_a_test_file() -> None:
+    modules = {module: path.read_text() for module, path in sources().items() if path.stem != "__init__"}
+    assert without_tests(modules, _test_files(), COVERED_BY) == [], "write tests/…/test_<its name>.py"
+
+
+def test_the_list_of_covered_modules_names_what_is_there() -> None:
+    modules = {module: path.read_text() for module, path in sources().items()}
+    needed = without_tests(modules, _test_files(), {})
+    assert sorted(COVERED_BY.keys() - set(needed)) == [], "it has a test file, or is short, or gone"
+    assert sorted(set(COVERED_BY.values()) - _test_files()) == [], "no such test file"

@@ -11,7 +11,6 @@ import torch
 
 from lorasync.bucket import Bucket
 from lorasync.errors import EngineNotReadyError, MismatchError, SyncError
-from lorasync.push.belonging import named_engines
 from lorasync.push.engines import Engines
 from lorasync.wire import manifest_as_text
 from tests.stub_engine import StubLLM, raising
@@ -30,20 +29,6 @@ def send(engines: Engines, version: int) -> None:
     with engines.flight(version, beside=True) as flight:
         flight.send(BUCKET)
         flight.wait()
-
-
-def test_engines_have_names():
-    a, b = object(), object()
-    assert named_engines(a) == {"engine": a}
-    assert named_engines([a, b]) == named_engines((a, b)) == {"engine 0": a, "engine 1": b}
-    assert named_engines({"left": a, 2: b}) == {"left": a, "2": b}
-    assert set(named_engines({a, b}).values()) == {a, b}
-
-
-@pytest.mark.parametrize("target", [[], {}, ()])
-def test_no_engine_is_refused(target):
-    with pytest.raises(MismatchError, match="at least one"):
-        named_engines(target)
 
 
 def test_an_engine_that_is_none_is_named_before_anybody_is_talked_to():

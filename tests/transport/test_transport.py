@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from lorasync.bucket import Bucket
-from lorasync.errors import MismatchError, PayloadError, SyncError
-from lorasync.push.buckets import buckets
+from lorasync.errors import PayloadError, SyncError
 from lorasync.transport import in_process, inline, shared_memory
 from lorasync.transport.folder import Folder, opened, shared_memory_root, sweep
 from lorasync.transport.post import Post, ways_taken
@@ -333,22 +332,6 @@ def test_a_file_that_does_not_fit_says_so_and_leaves_nothing(post, monkeypatch):
     with pytest.raises(SyncError, match=r"shared memory is full.*bucket_bytes"):
         post.parcels(BUCKET, [Place(("shared_memory",))])
     assert not files(post)
-
-
-# ----------------------------------------------------------------------------------------------- buckets
-
-
-def test_buckets_keep_order_and_limit_and_let_a_larger_tensor_travel_alone():
-    sizes = [4, 4, 4, 100, 4]
-    stream = [(str(i), torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
-    found = [list(bucket) for bucket in buckets(iter(stream), 8)]
-    assert found == [["0", "1"], ["2"], ["3"], ["4"]]
-    assert list(buckets(iter([]), 8)) == []
-
-
-def test_a_name_twice_in_a_bucket_is_refused():
-    with pytest.raises(MismatchError, match="a second time"):
-        list(buckets(iter([("a", torch.zeros(1)), ("a", torch.zeros(1))]), 100))
 
 
 def test_every_transport_has_its_name():
