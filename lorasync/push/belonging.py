@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
 from lorasync.push.engines import Engines, naming
@@ -34,8 +35,23 @@ def named_engines(target: object) -> dict[str, object]:
     return dict(pairs)
 
 
-def engines_of_this_rank(target: object) -> tuple[dict[str, object], tuple[str, ...]]:
-    """The engines that this trainer rank pushes to, by name, and the names of all ranks' engines; a collective.
+@dataclass(frozen=True)
+class Belonging:
+    """Which engines belong to whom.
+
+    Attributes:
+        mine: those that this trainer rank pushes to, by name.
+        names: of all ranks' engines.
+        ranks: how many trainer ranks have engines.
+    """
+
+    mine: dict[str, object]
+    names: tuple[str, ...]
+    ranks: int
+
+
+def engines_of_this_rank(target: object) -> Belonging:
+    """Find out which trainer rank pushes to which engine; a collective.
 
     An engine's name says of which rank it is, if several ranks have some.
 
@@ -56,13 +72,15 @@ def engines_of_this_rank(target: object) -> tuple[dict[str, object], tuple[str, 
         _check_told(told)
     mine = {**here, **outside} if rank() == 0 else here
     counts = [len(own) + (len(others) if number == 0 else 0) for number, (own, others) in enumerate(told)]
-    if sum(count > 0 for count in counts) == 1:
+    ranks = sum(count > 0 for count in counts)
+    if ranks == 1:
         (names,) = [own + (others if n == 0 else []) for n, (own, others) in enumerate(told) if counts[n]]
-        return mine, tuple(names)
+        return Belonging(mine, tuple(names), ranks)
     names = [
         _of_rank(n, name) for n, (own, others) in enumerate(told) for name in own + (others if n == 0 else [])
     ]
-    return {_of_rank(rank(), name): engine for name, engine in mine.items()}, tuple(names)
+    own = {_of_rank(rank(), name): engine for name, engine in mine.items()}
+    return Belonging(own, tuple(names), ranks)
 
 
 def check_whole(engines: Engines) -> None:

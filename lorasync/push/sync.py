@@ -19,6 +19,7 @@ from lorasync.push.fits import check_fits, dtypes_of_all_ranks
 from lorasync.push.handshake import Handshake
 from lorasync.push.measured import warned, with_canary, with_survival
 from lorasync.push.pause import pausable
+from lorasync.push.same_policy import SamePolicy
 from lorasync.push.sender import Sender
 from lorasync.push.strategies import LoadMerged, ServeAdapter
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
@@ -72,7 +73,9 @@ class Sync:
                 canary=canary,
                 on_gone=on_gone,
             )
-        mine, self._names = engines_of_this_rank(target)
+        belonging = engines_of_this_rank(target)
+        self._names = belonging.names
+        self._same = SamePolicy() if belonging.ranks > 1 else None
         self.source = source
         self.apply = apply
         self.version = 0
@@ -88,7 +91,7 @@ class Sync:
         self._sender = Sender(strategy, bucket_bytes=bucket_bytes)
         with agreed_by_all_ranks():
             self._engines = Engines(
-                mine,
+                belonging.mine,
                 timeout=timeout,
                 pause=pause,
                 changes_weights=strategy.changes_weights,
@@ -164,8 +167,12 @@ class Sync:
             return self._finished(report, served)
 
     def _push(self, version: int) -> SyncReport:
-        def check() -> None:
+        with agreed_by_all_ranks():
             self._check_up("send_weights")
+        if self._same is not None:
+            self._same.check(self.source, has_engines=bool(self._engines.sessions))
+
+        def check() -> None:
             self._sender.handshake.check(self.source)
             check_fits(self.source, self._strategy, self._dtypes)
 

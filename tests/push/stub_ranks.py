@@ -143,6 +143,35 @@ def parts_of_one_engine(source: Any, policy: Any) -> None:
         connect(ls.FactorSource(policy), twice, ServeAdapter("policy"))
 
 
+def ranks_that_have_trained_apart(policy: Any) -> None:
+    """Engines would serve different policies under one version, and the parts of one engine a mixture."""
+    llm, trained = StubLLM(), next(p for n, p in policy.named_parameters() if "lora_B" in n)
+    good = trained.detach().clone()
+
+    def move(value: float) -> None:
+        trained.data.copy_(good)
+        if RANK == 1:
+            trained.data.view(-1)[-1] += value
+
+    for source, apply in (
+        (ls.MergedSource(policy), None),
+        (ls.FactorSource(policy), MergeInWorker(base="device")),
+    ):
+        with connect(source, llm, apply) as sync:
+            before = sync.send_weights().version
+            move(1e-3)
+            with pytest.raises(MismatchError, match=r"others on trainer ranks \[1\] than on rank 0"):
+                sync.send_weights()
+            assert llm.workers[0].version == sync.version == before
+            assert not sync.closed
+            move(0)
+            assert sync.send_weights().version == before + 1
+    move(1e-3)
+    with connect(source, only(0, llm), apply) as sync:  # what a rank without engines holds does not matter
+        sync.send_weights()
+    move(0)
+
+
 def all_engines_of_all_ranks_or_none(source: Any, policy: Any) -> None:
     factors = ls.FactorSource(policy)
     for who in (0, 1):
@@ -292,6 +321,7 @@ def main() -> None:
     who_talks_to_whom(source)
     who_can_t_be_talked_to(source)
     parts_of_one_engine(source, policy)
+    ranks_that_have_trained_apart(policy)
     all_engines_of_all_ranks_or_none(source, policy)
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
     no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorasync.errors import EngineNotReadyError, MismatchError
-from lorasync.push.belonging import check_whole, engines_of_this_rank, named_engines
+from lorasync.push.belonging import Belonging, check_whole, engines_of_this_rank, named_engines
 from lorasync.push.engines import Engines
 from lorasync.wire import manifest_as_text
 from tests.stub_engine import Client, StubLLM
@@ -38,11 +38,9 @@ def test_an_engine_or_a_name_that_comes_twice_is_refused(twice):
 @pytest.mark.parametrize("kind", [lambda llm: llm, Client])
 def test_the_only_rank_talks_to_all_engines_that_it_is_given(kind):
     left, right = kind(StubLLM()), Client(StubLLM())
-    assert engines_of_this_rank(left) == ({"engine": left}, ("engine",))
-    assert engines_of_this_rank([left, right]) == (
-        {"engine 0": left, "engine 1": right},
-        ("engine 0", "engine 1"),
-    )
+    assert engines_of_this_rank(left) == Belonging({"engine": left}, ("engine",), 1)
+    two = engines_of_this_rank([left, right])
+    assert two == Belonging({"engine 0": left, "engine 1": right}, ("engine 0", "engine 1"), 1)
 
 
 def test_without_an_engine_on_any_rank_there_is_nobody_to_push_to():
