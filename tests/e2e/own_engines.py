@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def main(trainer: str, tp: int, path: str, out: Path) -> None:
                 report = sync.send_weights()
                 assert report.transport == "in_process"
                 found[name] = greedy(llm, **sync.request())
+                if trainer != "3":  # there each weight is put together from the shards of all ranks
+                    found[f"{name} apart"] = trained_apart(sync, policy, rank)
+                    assert greedy(llm, **sync.request()) == found[name]
                 found[f"{name} refused"], before = refused_by_rank_1(sync, llm, rank), sync.version
                 if apply is not None:
                     assert greedy(llm, **sync.request()) == found[name]
@@ -106,7 +110,7 @@ def trained_by(trainer: str, path: str, rank: int) -> tuple[Any, torch.nn.Module
     return engine, policy, zero_step
 
 
-def refused_by_rank_1(sync: Any, llm: Any, rank: int) -> list[str]:
+def refused_by_rank_1(sync: Any, llm: Any, rank: int) -> list[Any]:
     """The worker of rank 1 fails at the commit of the next version; what every rank is told of it."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     applier = worker.weight_transfer_engine.conversation._applier
@@ -118,12 +122,30 @@ def refused_by_rank_1(sync: Any, llm: Any, rank: int) -> list[str]:
     if rank == 1:
         applier.commit = fails
     try:
-        sync.send_weights()
-    except Exception as error:
-        return [type(error).__name__, str(error)]
+        return told_by(sync)
     finally:
         applier.commit = commit
-    return ["nothing", ""]
+
+
+def trained_apart(sync: Any, policy: torch.nn.Module, rank: int) -> list[Any]:
+    """Rank 1 has stepped alone; what every rank is told of it."""
+    param = next(p for n, p in policy.named_parameters() if "lora_B" in n)
+    good = param.detach().clone()
+    if rank == 1:
+        param.data.view(-1)[-1] += 1e-3
+    try:
+        return told_by(sync)
+    finally:
+        param.data.copy_(good)
+
+
+def told_by(sync: Any) -> list[Any]:
+    began = time.monotonic()
+    try:
+        sync.send_weights()
+    except Exception as error:
+        return [type(error).__name__, str(error), time.monotonic() - began]
+    return ["nothing", "", 0.0]
 
 
 def save(policy: torch.nn.Module, file: Path, rank: int) -> None:

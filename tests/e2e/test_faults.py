@@ -736,6 +736,32 @@ def test_a_worker_that_can_not_reach_the_trainer_s_folder_gets_all_in_the_call(
     assert bench.serves(0)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_engines_of_several_trainer_ranks_take_a_push_or_none_does(base, tmp_path, page: Any) -> None:
+    """Two ranks with an engine each: the one of rank 1 refuses at the commit, or rank 1 has trained apart."""
+    run_two(
+        Path(__file__).with_name("own_engines.py"), "2", "1", base, str(tmp_path), logs=tmp_path, limit=500
+    )
+    outcomes = [json.loads((tmp_path / f"outcome{rank}.json").read_text()) for rank in range(2)]
+    for strategy, state in (
+        ("merged", CLOSED),
+        ("factors", KEPT),
+        ("adapter", KEPT),
+    ):  # as the script has seen
+        for found in outcomes:
+            kind, message, seconds = found[f"{strategy} refused"]
+            assert kind == "SyncError"
+            assert "rank 1's engine" in message
+            page.add(
+                "another trainer rank's engine refuses at the commit", strategy, SyncError, state, seconds
+            )
+            kind, message, seconds = found[f"{strategy} apart"]
+            assert kind == "MismatchError"
+            assert "trainer ranks [1]" in message
+            page.add("a trainer rank has trained apart", strategy, MismatchError, KEPT, seconds)
+
+
 def test_an_adapter_over_weights_that_a_push_has_changed_is_refused(bench: Bench, page: Any) -> None:
     """Packed weights can't be read back, so nothing else would notice: the update would be served twice."""
     if bench.strategy != "merged":
