@@ -230,6 +230,15 @@ def test_who_only_shook_hands_replaces_nobody_who_serves_adapters(worker):
     assert worker.held == {}
 
 
+def test_a_goodbye_takes_along_the_adapters_that_an_earlier_trainer_has_left(worker):
+    worker.hello(FIRST, "adapter")
+    worker.push(1)
+    worker.hello(SECOND, "adapter")
+    worker.conversation.answer(Goodbye(session=SECOND, in_flight=()), b"")
+    assert worker.held == {}
+    assert list(worker.conversation.replaced) == [FIRST], "its requests would end the engine"
+
+
 # ---------------------------------------------------------------------------------------- buckets, commits
 
 
