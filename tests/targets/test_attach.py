@@ -77,6 +77,17 @@ def test_an_engine_that_a_push_would_reach_in_part_only_is_refused_before_it_is_
     assert llm.calls == []
 
 
+class LazyLLM:
+    """A class that looks like an engine, as its attributes are properties."""
+
+    llm_engine = property(lambda self: self)
+
+
+def test_a_class_that_looks_like_an_engine_is_refused_as_a_class():
+    with pytest.raises(EngineNotReadyError, match="got the class LazyLLM"):
+        attach(LazyLLM)
+
+
 NCCL = {"backend": "NCCLWeightTransferEngine", "attached": False}
 
 

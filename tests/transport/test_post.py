@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_what_a_failed_push_and_an_ended_connection_have_taken_is_given_back():
     receivers.agree(post.offers(hands_over=False))
     (parcel,) = post.parcels(LARGE, [NEAR])
     post.release()
+    assert not (Path(folder) / parcel.fields["file"]).exists()
     (again,) = post.parcels(LARGE, [NEAR])
     assert torch.equal(receivers.take(again.way, again.fields, b"", again.digest)["w"], LARGE["w"])
     assert parcel.fields["file"] != again.fields["file"]

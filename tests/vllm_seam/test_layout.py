@@ -41,7 +41,7 @@ LAYOUTS = [
     ),
     ({"world_size": 1, "enable_expert_parallel": True}, (1, 1, 1, False)),
     ({"world_size": 1, "data_parallel_external_lb": True}, (1, 1, 1, False)),
-    ({"world_size": None, "data_parallel_size": True}, (1, 1, 1, False)),  # what is no number is 1
+    ({"world_size": None, "data_parallel_size": False}, (1, 1, 1, False)),  # what is no number is 1
     ({}, (1, 1, 1, False)),
 ]
 
