@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -237,3 +238,15 @@ def test_the_list_of_covered_modules_names_what_is_there() -> None:
     needed = without_tests(modules, _test_files(), {})
     assert sorted(COVERED_BY.keys() - set(needed)) == [], "it has a test file, or is short, or gone"
     assert sorted(set(COVERED_BY.values()) - _test_files()) == [], "no such test file"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_map_of_the_house_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`((?:[\w.]+/)*[\w.]+(?:/|\.py|\.md))`", text))
+    inside = {name for name in named if not (ROOT / name).exists()}
+    gone = {
+        name for name in inside if not any(ROOT.joinpath("lorasync").rglob(name.rstrip("/"))) and "/" in name
+    }
+    assert len(named) > 20
+    assert sorted(gone) == []
