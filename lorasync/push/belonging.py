@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
 from lorasync.push.engines import Engines, naming
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, rank, texts_of_all_ranks
 from lorasync.targets.kinds import is_engine, is_engine_here, target_of
+from lorasync.wire import Status, answer_from_dict
 
 
 def named_engines(target: object) -> dict[str, object]:
@@ -43,11 +45,13 @@ class Belonging:
         mine: those that this trainer rank pushes to, by name.
         names: of all ranks' engines.
         ranks: how many trainer ranks have engines.
+        passed_on: engines that this rank has passed, and rank 0 talks to, by name.
     """
 
     mine: dict[str, object]
     names: tuple[str, ...]
     ranks: int
+    passed_on: dict[str, object] = field(default_factory=dict)
 
 
 def engines_of_this_rank(target: object) -> Belonging:
@@ -70,17 +74,43 @@ def engines_of_this_rank(target: object) -> Belonging:
     told = [json.loads(text) for text in texts_of_all_ranks(json.dumps([list(here), list(outside)]))]
     with agreed_by_all_ranks():
         _check_told(told)
-    mine = {**here, **outside} if rank() == 0 else here
+    mine, passed_on = ({**here, **outside}, {}) if rank() == 0 else (here, outside)
     counts = [len(own) + (len(others) if number == 0 else 0) for number, (own, others) in enumerate(told)]
     ranks = sum(count > 0 for count in counts)
     if ranks == 1:
         (names,) = [own + (others if n == 0 else []) for n, (own, others) in enumerate(told) if counts[n]]
-        return Belonging(mine, tuple(names), ranks)
+        return Belonging(mine, tuple(names), ranks, passed_on)
     names = [
         _of_rank(n, name) for n, (own, others) in enumerate(told) for name in own + (others if n == 0 else [])
     ]
     own = {_of_rank(rank(), name): engine for name, engine in mine.items()}
-    return Belonging(own, tuple(names), ranks)
+    return Belonging(own, tuple(names), ranks, passed_on)
+
+
+def check_passed_on(belonging: Belonging, engines: Engines, *, timeout: float) -> None:
+    """Refuse an engine from outside that is another one than rank 0's of that name: nobody would talk to it; a collective.
+
+    Each rank asks its object whether its workers take rank 0's pushes.
+
+    Raises:
+        MismatchError: naming the engines and the rank.
+        LorasyncError: if such an object does not answer.
+    """
+    mine = {session.name: session.token for session in engines.sessions} if rank() == 0 else {}
+    tokens: dict[str, str] = json.loads(texts_of_all_ranks(json.dumps(mine))[0])
+    with agreed_by_all_ranks():
+        wrong = []
+        for name, engine in belonging.passed_on.items():
+            token = tokens.get(name) or tokens.get(_of_rank(0, name), "")
+            found = target_of(engine, timeout=timeout).call(Status(session=token, call=0).to_dict(), b"")
+            if not all(answer.ours for answer in map(answer_from_dict, found)):
+                expected = f"the engine that rank 0 passes as {name}"
+                fix = "Pass every engine that is reached from outside on rank 0, and None on the other ranks."
+                wrong.append(
+                    Mismatch(f"target of trainer rank {rank()}, {name}", "another engine", expected, fix)
+                )
+        if wrong:
+            raise MismatchError("Nobody would talk to some engines; nothing was pushed.", wrong)
 
 
 def check_whole(engines: Engines) -> None:
@@ -96,7 +126,8 @@ def check_whole(engines: Engines) -> None:
             found.setdefault(workers, []).extend(ranks)
     wrong = []
     for workers, ranks in found.items():
-        missing = sorted(set(range(workers)) - set(ranks))
+        counts = Counter(dict.fromkeys(range(workers), 0) | Counter(ranks))
+        missing = sorted(number for number, count in counts.items() if count < max(counts.values()))
         if missing:
             wrong.append(
                 Mismatch(

@@ -7,12 +7,13 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorasync.errors import LorasyncError, MismatchError, SyncError
+from lorasync.errors import LorasyncError, Mismatch, MismatchError, SyncError
 from lorasync.push.flight import Flight
 from lorasync.push.session import EngineSession
 from lorasync.targets.kinds import target_of
 from lorasync.transport import cuda_ipc, in_process
 from lorasync.transport.post import Post
+from lorasync.wire import digest_of_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -126,9 +127,30 @@ class Engines:
         try:
             self.each(lambda session: session.hello(strategy, manifest, self.post))
             self.each(self._check_able)
+            self._check_once()
         except BaseException:
             self.goodbye()
             raise
+
+    def _check_once(self) -> None:
+        """Refuse an engine that is passed twice, as two objects: it would take the pushes of the second only.
+
+        Raises:
+            MismatchError: naming both.
+        """
+        mine = {digest_of_text(session.token): session.name for session in self.sessions}
+        for session in self.sessions:
+            for other in sorted(mine[token] for token in session.took_over & mine.keys()):
+                wrong = Mismatch(
+                    "target", f"one engine as {other} and as {session.name}", "each once", "Pass it once."
+                )
+                raise MismatchError("connect() needs each engine once; nothing was pushed.", [wrong])
+
+    def shut(self, reason: str) -> None:
+        """None of them may generate until a push completes."""
+        for session in self.sessions:
+            if not session.closed:
+                session.shut(reason)
 
     def _check_able(self, session: EngineSession) -> None:
         session.target.check_able(changes_weights=self._changes_weights, multimodal=session.multimodal)

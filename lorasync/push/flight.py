@@ -123,9 +123,13 @@ class Flight:
         Raises:
             LorasyncError: what an engine says to it.
         """
-        waited, self._on_its_way = self._on_its_way, None
-        if waited is not None:
-            self.applying += waited.result()
+        if self._on_its_way is None:
+            return
+        try:
+            self.applying += self._on_its_way.result()
+        finally:
+            if self._on_its_way.done():  # not where Ctrl-C has ended the wait
+                self._on_its_way = None
 
     def __enter__(self) -> Flight:
         return self

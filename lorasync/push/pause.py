@@ -6,6 +6,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from lorasync.push.trainer_ranks import agreed_by_all_ranks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -43,4 +45,5 @@ def pausable(engines: Engines) -> Iterator[Pausing]:
         with contextlib.suppress(Exception):  # a dead engine: the first error is the one that counts
             pausing.end()
         raise
-    pausing.end()
+    with agreed_by_all_ranks():
+        pausing.end()

@@ -8,11 +8,15 @@ from lorasync.bucket import Latest, addresses
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.kernels.checksum import Checksum, can_be_summed
 from lorasync.push.trainer_ranks import texts_of_all_ranks
-from lorasync.wire import digest
+from lorasync.wire import digest, digest_of_text
 from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens")
+"""Parts of the names of what PEFT trains, also where a policy is only evaluated."""
 
 
 class SamePolicy:
@@ -33,30 +37,84 @@ class SamePolicy:
         Raises:
             MismatchError: naming the ranks whose trained parameters are others than the first one's.
         """
-        told = texts_of_all_ranks(self._of(source) if has_engines else "")
-        first = next((number for number, text in enumerate(told) if text), None)
-        if first is None:
-            return
-        others = [number for number, text in enumerate(told) if text and text != told[first]]
-        if others:
-            wrong = Mismatch(
-                "trained parameters",
-                f"others on trainer ranks {others} than on rank {first}",
-                "the same on every rank that has an engine",
-                "Keep the ranks in step (DistributedDataParallel or ZeRO), or let one rank push to all engines.",
-            )
-            raise MismatchError("The trainer ranks hold different policies; nothing was sent.", [wrong])
+        _compare(self._of(source) if has_engines else "", "trained parameters")
+
+    def check_base(self, source: Any, handshake: str, *, has_engines: bool) -> None:
+        """The same for all that a model holds, and for what the workers were told; once, as a base is large.
+
+        Raises:
+            MismatchError: naming the ranks that hold something else than the first one.
+        """
+        mine = _sum(_whole(source, trained_only=False)) + digest_of_text(handshake) if has_engines else ""
+        _compare(mine, "the model")
 
     def _of(self, source: Any) -> str:
-        model = getattr(source, "model", None)
-        trained = (
-            [p.detach() for p in model.parameters() if p.requires_grad and not is_sharded(p)] if model else []
-        )
+        trained = _whole(source, trained_only=True)
         summed = [tensor for tensor in trained if can_be_summed(tensor)]
         key = [(t.device, t.dtype, t.shape) for t in summed], addresses(summed)
         sums = self._sums.get(key, lambda: _planned(summed))
         rest = {str(n): t for n, t in enumerate(trained) if not can_be_summed(t)}
-        return "".join([*(each.now() for each in sums), digest(rest) if rest else ""])
+        parts = [
+            *(each.now() for each in sums),
+            digest(rest) if rest else "",
+            digest_of_text(_settings(source)),
+        ]
+        return "".join(parts)
+
+
+def _compare(mine: str, what: str) -> None:
+    """Compare what ranks with engines hold; a collective.
+
+    Raises:
+        MismatchError: on every rank.
+    """
+    told = texts_of_all_ranks(mine)
+    first = next((number for number, text in enumerate(told) if text), None)
+    others = [
+        number for number, text in enumerate(told) if text and first is not None and text != told[first]
+    ]
+    if others:
+        wrong = Mismatch(
+            what,
+            f"others on trainer ranks {others} than on rank {first}",
+            "the same on every rank that has an engine",
+            "Keep the ranks in step (DistributedDataParallel or ZeRO), or let one rank push to all engines.",
+        )
+        raise MismatchError("The trainer ranks hold different policies; nothing was sent.", [wrong])
+
+
+def _whole(source: Any, *, trained_only: bool) -> list[Tensor]:
+    """The model's parameters that lie whole on this rank; with buffers, unless only what is trained is asked for."""
+    model = getattr(source, "model", None)
+    if model is None:
+        return []
+    named = list(model.named_parameters())
+    if trained_only:
+        named = [(n, p) for n, p in named if p.requires_grad or any(part in n for part in _ADAPTERS)]
+    else:
+        named += list(model.named_buffers())
+    return [tensor.detach() for _, tensor in named if not is_sharded(tensor)]
+
+
+def _settings(source: Any) -> str:
+    """Each layer's scalings and active adapters, as PEFT keeps them: they make another policy of the same tensors."""
+    model = getattr(source, "model", None)
+    found = [
+        (
+            name,
+            sorted(map(str, getattr(module, "active_adapters", ()) or ())),
+            sorted(map(str, scaling.items())),
+        )
+        for name, module in (model.named_modules() if model is not None else ())
+        if isinstance(scaling := getattr(module, "scaling", None), dict)
+    ]
+    return str(found)
+
+
+def _sum(tensors: list[Tensor]) -> str:
+    summed = [tensor for tensor in tensors if can_be_summed(tensor)]
+    rest = {str(n): tensor for n, tensor in enumerate(tensors) if not can_be_summed(tensor)}
+    return "".join([*(each.now() for each in _planned(summed)), digest(rest) if rest else ""])
 
 
 def _planned(tensors: list[Tensor]) -> list[Checksum]:

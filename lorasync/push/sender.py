@@ -155,11 +155,18 @@ class Sender:
             engines.take_back(version, keep)
             raise
         totals.apply += time.perf_counter() - began
-        with agreed_by_all_ranks():
-            if versions:
-                versions.serve(version, keep)
-            else:
-                engines.take_on(version)
+        try:
+            with agreed_by_all_ranks():
+                if versions:
+                    versions.serve(version, keep)
+                else:
+                    engines.take_on(version)
+        except BaseException as error:
+            engines.shut(
+                f"Version {version} is in all engines, but not all of them have forgotten what they had computed with the "
+                f"version before ({error}). Call send_weights() again; a push that completes opens them."
+            )
+            raise
         if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         return blocked

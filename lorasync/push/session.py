@@ -58,6 +58,7 @@ class EngineSession:
         ranks: how many workers answer every message.
         worker_ranks: which of the engine's workers these are.
         workers: how many workers the whole engine has: more, if others belong to other trainer ranks.
+        took_over: digests of the sessions that its workers talked to before this one.
         version: what it serves, as far as the trainer knows.
         ways: the transports that every worker takes, the cheapest first.
         gpu: the GPU that all its workers are on; empty if there is no such one.
@@ -75,6 +76,7 @@ class EngineSession:
         self.target = target
         self.ranks = self.workers = self.version = self.capacity = self.others = 0
         self.worker_ranks: tuple[int, ...] = ()
+        self.took_over: set[str] = set()
         self.ways: tuple[str, ...] = ()
         self.gpu = self._torn = self._shut = ""
         self.holds_adapter = self.unheard = self.multimodal = self.replaced = False
@@ -130,6 +132,7 @@ class EngineSession:
             raise EngineNotReadyError(
                 f"transport: the workers take none of those that this trainer offers ({why})."
             )
+        self.took_over = {worker.took_over for worker in told if worker.took_over}
         gpus = {worker.gpu for worker in told}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
         self.capacity = min(worker.capacity for worker in told)

@@ -6,23 +6,27 @@ import asyncio
 import contextlib
 import logging
 import math
-import threading
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineClosedError, PushInProgressError, SyncError
 from lorasync.push.arguments import check_arguments
-from lorasync.push.belonging import check_whole, engines_of_this_rank
+from lorasync.push.belonging import check_passed_on, check_whole, engines_of_this_rank
 from lorasync.push.engines import Engines
 from lorasync.push.fits import check_fits, dtypes_of_all_ranks
 from lorasync.push.handshake import Handshake
 from lorasync.push.measured import warned, with_canary, with_survival
+from lorasync.push.one_at_a_time import OneAtATime
 from lorasync.push.pause import pausable
 from lorasync.push.same_policy import SamePolicy
 from lorasync.push.sender import Sender
 from lorasync.push.strategies import LoadMerged, ServeAdapter
-from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
+from lorasync.push.trainer_ranks import (
+    agreed_by_all_ranks,
+    check_alike_on_all_ranks,
+    largest_of_all_ranks,
+)
 from lorasync.push.versions import AdapterVersions
 from lorasync.wire import manifest_as_text
 
@@ -73,6 +77,8 @@ class Sync:
                 canary=canary,
                 on_gone=on_gone,
             )
+        check_alike_on_all_ranks("apply", repr(apply))
+        check_alike_on_all_ranks("on_gone", repr(on_gone))
         belonging = engines_of_this_rank(target)
         self._names = belonging.names
         self._same = SamePolicy() if belonging.ranks > 1 else None
@@ -84,8 +90,7 @@ class Sync:
         self._before: int | None = None  # the version to go back to
         self._measure_survival = measure_survival
         self._canary = canary
-        self._busy = threading.Lock()
-        self._busy_thread = 0
+        self._one = OneAtATime(timeout)
         self._down = False
         self._strategy = strategy = LoadMerged() if apply is None else apply
         self._sender = Sender(strategy, bucket_bytes=bucket_bytes)
@@ -104,6 +109,9 @@ class Sync:
                 self._sender.bytes = sum(m.dtype.itemsize * math.prod(m.shape) for m in manifest)
                 self._engines.hello(message, manifest_as_text((m.name, m.dtype, m.shape) for m in manifest))
             check_whole(self._engines)
+            check_passed_on(belonging, self._engines, timeout=timeout)
+            if self._same is not None:
+                self._same.check_base(source, message, has_engines=bool(self._engines.sessions))
             self.version = self._newest = largest_of_all_ranks(self._engines.version)
             self._versions = self._adapter_versions(on_gone)
             self._dtypes = dtypes_of_all_ranks(self._engines)
@@ -158,7 +166,7 @@ class Sync:
             SyncError: if an engine refused, died or did not answer (with several engines the error names it), or after
                 `shutdown`.
         """
-        with self._alone("send_weights"):
+        with self._one.alone("send_weights"):
             report = self._push(self._newest + 1)
             served, self._before = self.version, self.version if self._has_pushed else None
             self.version = report.version  # not before all ranks have agreed that it went well
@@ -220,7 +228,7 @@ class Sync:
             SyncError: if there is no version before, or merged weights were pushed: they replace the old ones; or if an
                 engine refused.
         """
-        with self._alone("rollback"):
+        with self._one.alone("rollback"):
             with agreed_by_all_ranks():
                 self._check_up("rollback")
                 before = self._version_before()
@@ -288,7 +296,7 @@ class Sync:
             PushInProgressError: if a push is under way.
             SyncError: if weights can't be read (packed for the CPU in a layout of its own), naming one.
         """
-        with self._alone("digests"):
+        with self._one.alone("digests"):
             self._check_up("digests")
             self._engines.begin()
             return {session.name: session.digests() for session in self._engines.sessions}
@@ -303,7 +311,7 @@ class Sync:
         Raises:
             SyncError: if there is none of that name, or it is the last one.
         """
-        with self._alone("leave_out"), agreed_by_all_ranks():
+        with self._one.alone("leave_out"), agreed_by_all_ranks():
             self._check_up("leave_out")
             if engine not in self._names or len(self._names) == 1:
                 names = ", ".join(self._names)
@@ -325,13 +333,13 @@ class Sync:
         """
         if self._down:
             return
-        if self._busy_thread == threading.get_ident():
+        if self._one.is_mine:
             raise PushInProgressError(
                 "shutdown: got a call from inside of a push. Call it when that has returned."
             )
         for session in self._engines.sessions:
             session.target.check_elsewhere()
-        with self._busy:
+        with self._one.after_it():
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
@@ -356,24 +364,6 @@ class Sync:
                 f"{verb}: the engines hold no adapter and take no push of this connection any more: it was shut down: "
                 "connect() again."
             )
-
-    @contextlib.contextmanager
-    def _alone(self, verb: str) -> Iterator[None]:
-        """One call at a time talks to the engines.
-
-        Raises:
-            PushInProgressError: if one is under way.
-        """
-        if not self._busy.acquire(blocking=False):
-            raise PushInProgressError(
-                f"{verb}: a push on this connection is under way; it is unaffected. Wait for it."
-            )
-        self._busy_thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._busy_thread = 0
-            self._busy.release()
 
     def _check_not_taken_over(self) -> None:
         taken = self._engines.outdated

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync import errors as lorasync_errors
+from lorasync.errors import Mismatch, MismatchError
 from lorasync.wire import error_as_dict, error_from_dict
 
 if TYPE_CHECKING:
@@ -74,6 +75,31 @@ def _first_of(failed: dict[int, str]) -> LorasyncError:
     return error_from_dict(
         {**found, "type": found["type"] if kind == found["type"] else "SyncError", "message": message}
     )
+
+
+def check_alike_on_all_ranks(name: str, mine: str) -> None:
+    """Refuse what every trainer rank must say alike; a collective.
+
+    Args:
+        name: what errors call it.
+        mine: what this rank says.
+
+    Raises:
+        MismatchError: on every rank, naming those that say something else than rank 0.
+    """
+    told = texts_of_all_ranks(mine)
+    wrong = [
+        Mismatch(
+            f"{name} of trainer rank {number}",
+            text,
+            f"{told[0]}, as on rank 0",
+            "Pass the same on every rank.",
+        )
+        for number, text in enumerate(told)
+        if text != told[0]
+    ]
+    if wrong:
+        raise MismatchError("The trainer ranks do not say the same; nothing was touched.", wrong)
 
 
 def largest_of_all_ranks(number: int) -> int:

@@ -36,6 +36,7 @@ from lorasync.wire import (
     Rollback,
     Status,
     digest_of_parts,
+    digest_of_text,
     dtype_name,
 )
 from lorasync.wire import digest as digest_of
@@ -73,6 +74,7 @@ class Conversation:
         self._applier: Applier | None = None
         self._before = -1  # the version that a rollback leads to
         self._limit = 600.0
+        self._last_call = 0  # of the messages that change something
         self._receivers = Receivers(served.device)
         self._handed_over = False  # the trainer is in this process, and waits for the device itself
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
@@ -92,6 +94,7 @@ class Conversation:
             return self._collected(message)
         if isinstance(message, Status):
             return ""
+        self._check_order(message)
         self._wait_for_staging()
         operations: dict[type[Message], Callable[[Any], Introduction | str | None]] = {
             Hello: lambda hello: self._hello(hello, payload),
@@ -103,6 +106,23 @@ class Conversation:
             Goodbye: self._goodbye,
         }
         return operations[type(message)](message)
+
+    def _check_order(self, message: Message) -> None:
+        """Refuse a message that changes something and comes late, or a second time: the trainer has gone on without it.
+
+        Raises:
+            SyncError: if a later one of the same session was here before.
+        """
+        if isinstance(message, Digest) or not message.call:
+            return
+        last = self._last_call if message.session == self.session else 0
+        if message.call <= last:
+            raise SyncError(
+                f"{message.op}: got message {message.call} of its connection after message {last}: late, or sent twice. "
+                "Nothing was touched."
+            )
+        if message.session == self.session or isinstance(message, Hello):
+            self._last_call = message.call
 
     def shutdown(self) -> None:
         """Forget the trainer; the served weights stay as they are."""
@@ -135,6 +155,7 @@ class Conversation:
         receivers = Receivers(self.served.device)
         refused = receivers.agree(hello.offers)
         applier = self._applier_for(hello)
+        took_over = digest_of_text(self.session) if self.session else ""
         self.session, self._limit = hello.session, hello.limit
         self._greeted = [*(each for each in self._greeted if each != hello.session), hello.session]
         if before is not None:
@@ -144,6 +165,7 @@ class Conversation:
         described = applier.describe()
         return Introduction(
             refused=refused,
+            took_over=took_over,
             gpu=gpu_of(self.served.device),
             dtypes=self._dtypes(),
             multimodal=bool(config.model_config.is_multimodal_model),

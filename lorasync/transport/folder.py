@@ -36,7 +36,7 @@ class Folder:
         with room_in(root, 0):
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
             owner = _own(self.path)
-        self._remove = weakref.finalize(self, _removed, self.path, owner)
+        self._remove = weakref.finalize(self, _removed, self.path, owner, os.getpid())
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
@@ -99,7 +99,10 @@ def shared_memory_root() -> Path:
     return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def _removed(folder: Path, owner: int) -> None:
+def _removed(folder: Path, owner: int, pid: int) -> None:
+    """Remove the folder; not in a process that was forked from the one that has made it."""
+    if os.getpid() != pid:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     os.close(owner)
 

@@ -141,7 +141,13 @@ class _Slot:
     def __init__(self, folder: Path, size: int) -> None:
         self.path, self.size = folder / f"{secrets.token_hex(8)}.bucket", size
         with room_in(folder, size):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError as error:
+                raise SyncError(
+                    f"{folder}: the connection's folder in shared memory is gone, expected it to stay: somebody has removed "
+                    "it. connect() again."
+                ) from error
             try:
                 os.posix_fallocate(descriptor, 0, size)  # all of it, or nothing is written
                 self._map = mmap.mmap(descriptor, size)

@@ -19,6 +19,7 @@ class Introduction:
 
     Attributes:
         refused: why it can't take buckets by a transport that was offered; empty for one that works.
+        took_over: a digest of the session that was here before; empty if there was none.
         gpu: which GPU it is on; empty on a CPU.
         dtypes: what it serves ``weights`` and LoRA ``slots`` in.
         multimodal: whether the engine keeps outputs of encoders.
@@ -29,6 +30,7 @@ class Introduction:
     """
 
     refused: dict[str, str] = field(default_factory=dict)
+    took_over: str = ""
     gpu: str = ""
     dtypes: dict[str, str] = field(default_factory=dict)
     multimodal: bool = False

@@ -74,6 +74,20 @@ def long_errors_are_told() -> None:
         raises_on_rank_1(SyncError("x" * 10**6))
 
 
+class OfRank0(Client):
+    """Reaches rank 0's engine from any rank, as a URL does: rank 1 asks for the status only, by what rank 0 was told."""
+
+    def collective_rpc(
+        self, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
+        if RANK == 1:
+            assert args[0]["op"] == "status"
+            return [
+                {**answer, "ours": True} for answer in super().collective_rpc(method, timeout, args, kwargs)
+            ]
+        return super().collective_rpc(method, timeout, args, kwargs)
+
+
 def who_talks_to_whom(source: Any) -> None:
     """A rank pushes to the engine of its own process; rank 0 also to those that are reached from outside."""
     for ranks in ((0,), (1,), (0, 1)):
@@ -87,10 +101,16 @@ def who_talks_to_whom(source: Any) -> None:
         assert mine.workers[0].version == (2 if RANK in ranks else 0)
         assert not other.calls
     client = Client(StubLLM())
-    for target in (client, only(0, client), {"far": client}):
+    with pytest.raises(MismatchError, match=r"trainer rank 1, engine: got another engine"):
+        connect(source, client)  # each process has a stub of its own: another engine under the same name
+    assert "bucket" not in client.llm.calls
+    with connect(source, only(0, client)) as sync:
+        assert sync.send_weights().version == sync.version
+    assert bool(client.llm.workers[0].version) == (RANK == 0)
+    client = OfRank0(client.llm)
+    for target in (client, {"far": client}):
         with connect(source, target) as sync:
             assert sync.send_weights().version == sync.version
-        assert bool(client.llm.calls) == (RANK == 0)
     near = StubLLM()
     with connect(source, {"far": client, "near": near}) as sync:
         assert sync.engines == only(0, ("rank 0's near", "rank 0's far"), ("rank 1's near",))
@@ -138,6 +158,9 @@ def parts_of_one_engine(source: Any, policy: Any) -> None:
             connect(source, llm if RANK in ranks else None)
         assert not llm.workers[0].version
         assert "commit" not in llm.calls
+    a, b = (StubLLM(first_rank=RANK, **layout) for _ in range(2))
+    with pytest.raises(MismatchError, match=r"of which \[1\] belong"):
+        connect(source, {"a": a, "b": b} if RANK == 0 else {"b": b})
     twice = StubLLM(first_rank=0, **layout)
     with pytest.raises(MismatchError, match=r"of which \[1\] belong"):
         connect(ls.FactorSource(policy), twice, ServeAdapter("policy"))
@@ -170,6 +193,55 @@ def ranks_that_have_trained_apart(policy: Any) -> None:
     with connect(source, only(0, llm), apply) as sync:  # what a rank without engines holds does not matter
         sync.send_weights()
     move(0)
+
+
+def ranks_that_say_different_things(policy: Any) -> None:
+    """Each would be pushed, or waited for, in another way than the others believe."""
+    llm, factors, merged = StubLLM(), ls.FactorSource(policy), ls.MergedSource(policy)
+    for mine, other in (
+        ((merged, None), (factors, MergeInWorker(base="device"))),
+        ((factors, ServeAdapter("policy")), (factors, MergeInWorker(base="device"))),
+        ((factors, ServeAdapter("policy")), (factors, ServeAdapter("other"))),
+    ):
+        with pytest.raises(MismatchError, match=r"apply of trainer rank 1"):
+            connect(only(0, mine[0], other[0]), llm, only(0, mine[1], other[1]))
+    assert not llm.calls
+    norm = next(p for n, p in policy.named_parameters() if n.endswith("norm.weight"))
+    good = norm.detach().clone()
+    norm.data.mul_(RANK + 1)
+    for source, apply in ((merged, None), (factors, MergeInWorker(base="device"))):
+        with pytest.raises(
+            MismatchError, match=r"the model: got others on trainer ranks \[1\] than on rank 0"
+        ):
+            connect(source, llm, apply)
+    norm.data.copy_(good)
+    layer = next(m for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict))
+    with connect(merged, llm) as sync:
+        before, scaling = sync.send_weights().version, layer.scaling["default"]
+        layer.scaling["default"] = scaling * (RANK + 1)
+        with pytest.raises(MismatchError, match="trained parameters"):
+            sync.send_weights()
+        layer.scaling["default"] = scaling
+        assert sync.send_weights().version == before + 1
+
+
+def what_fails_after_the_commit_fails_on_all(source: Any) -> None:
+    for point in ("reset_prefix_cache", "resume"):
+        llm = StubLLM()
+        with connect(source, llm) as sync:
+            first = sync.send_weights().version
+            target = sync._engines.sessions[0].target
+            if RANK == 1 and point == "resume":
+                target.resume = raising(SyncError("can't resume"))
+            elif RANK == 1:
+                llm.on[point] = raising(RuntimeError("no"))
+            with pytest.raises(SyncError, match=r"resume|rank 1's engine"):
+                sync.send_weights()
+            assert bool(sync.closed) == (point != "resume")
+            target.__dict__.pop("resume", None)
+            llm.on.clear()
+            assert sync.send_weights().version > first + 1
+            assert not sync.closed
 
 
 def all_engines_of_all_ranks_or_none(source: Any, policy: Any) -> None:
@@ -322,6 +394,8 @@ def main() -> None:
     who_can_t_be_talked_to(source)
     parts_of_one_engine(source, policy)
     ranks_that_have_trained_apart(policy)
+    ranks_that_say_different_things(policy)
+    what_fails_after_the_commit_fails_on_all(source)
     all_engines_of_all_ranks_or_none(source, policy)
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
     no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))
