@@ -12,8 +12,9 @@ import torch
 from lorasync.bucket import Bucket
 from lorasync.errors import EngineNotReadyError, MismatchError, SyncError
 from lorasync.push.engines import Engines
+from lorasync.push.flight import Flight
 from lorasync.wire import manifest_as_text
-from tests.stub_engine import StubLLM, raising
+from tests.stub_engine import Client, StubLLM, raising
 
 BUCKET = Bucket({"w": torch.arange(6.0).reshape(2, 3)})
 MANIFEST = manifest_as_text([("w", torch.float32, (2, 3))])
@@ -128,3 +129,45 @@ def test_a_dead_engine_can_be_left_out_and_the_last_one_not():
     engines.leave_out("right")
     assert [session.name for session in engines.sessions] == ["left"]
     engines.goodbye()
+
+
+def test_one_engine_as_two_objects_is_refused():
+    llm = StubLLM()
+    with pytest.raises(MismatchError, match=r"one engine as (left|right) and as (right|left)"):
+        greeted(left=llm, right=Client(llm))
+    again = greeted(left=llm)  # another connection may take it over
+    again.goodbye()
+
+
+@pytest.mark.parametrize("kind", ["merge", "load"])
+def test_ctrl_c_while_a_bucket_is_on_its_way_leaves_nothing_of_it_behind(kind):
+    llm, go_on = StubLLM(), threading.Event()
+    engines = greeted(kind, left=llm)
+    llm.on["receive" if kind == "merge" else "load"] = lambda: go_on.wait(20)
+    flight = engines.flight(1, beside=kind == "merge")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(flight, go_on)
+    engines.abort(1, KeyboardInterrupt())
+    llm.on.clear()
+    send(engines, 2)
+    engines.commit(2)
+    assert llm.workers[0].version == 2
+    engines.goodbye()
+
+
+def interrupted(flight: Flight, go_on: threading.Event) -> None:
+    """The user's Ctrl-C ends the wait for a bucket, once; its engine takes a moment more."""
+    with flight:
+        flight.send(BUCKET)
+        under_way = flight._on_its_way
+        assert under_way is not None
+        result, waits = under_way.result, iter((True,))
+
+        def wait(timeout: float | None = None) -> float:
+            if next(waits, False):
+                threading.Timer(0.2, go_on.set).start()
+                raise KeyboardInterrupt
+            return result(timeout)
+
+        under_way.result = wait  # type: ignore[method-assign]
+        flight.wait()

@@ -18,7 +18,7 @@ from lorasync.push.session import EngineSession
 from lorasync.targets.kinds import target_of
 from lorasync.transport import inline
 from lorasync.transport.post import Post
-from lorasync.wire import PROTOCOL, Answer, manifest_as_text
+from lorasync.wire import PROTOCOL, Abort, Answer, manifest_as_text
 from tests.stub_engine import StubLLM, raising
 
 BUCKET = Bucket({"w": torch.arange(6.0).reshape(2, 3)})
@@ -287,3 +287,68 @@ def test_what_is_no_error_of_ours_says_so():
     assert "can't carry bytes" in str(failure(TypeError("Object of type bytes is not JSON serializable")))
     for other in ("'NCCLWeightTransferEngine' object is not callable", "'NoneType' object is not callable"):
         assert "expected the backend 'lorasync'" in str(failure(RuntimeError(other)))
+
+
+# ------------------------------------------------------------------------------------------ late, and twice
+
+
+@pytest.mark.parametrize("op", ["bucket", "commit", "rollback", "abort"])
+def test_a_message_that_arrives_late_changes_nothing(op):
+    """A client with a queue may deliver what the trainer has given up: it is refused, whatever it is."""
+    llm, late = StubLLM(), []
+    session = greeted(llm, LOAD if op == "bucket" else MERGE, timeout=0.5)
+    for version in (1, 2):
+        send(session, version, beside=op != "bucket")
+        session.commit(version, ())
+    call = llm.collective_rpc
+
+    def held_up(method: str, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
+        if args[0]["op"] == op and not late:
+            late.append(args)
+            raise SyncTimeoutError("held up on its way")
+        return call(method, timeout, args, kwargs)
+
+    llm.collective_rpc = held_up
+    with pytest.raises(SyncTimeoutError):
+        push_or_roll_back(session, op)
+    session.abort(3, SyncTimeoutError("held up"))
+    before = [{n: t.clone() for n, t in worker.live.items()} for worker in llm.workers]
+    (answer,) = call("weight_transfer_engine", None, late[0])
+    assert not answer["ok"]
+    assert "late, or sent twice" in answer["error"]["message"]
+    assert llm.workers[0].version == session.version == 2
+    assert not session.closed
+    assert all(
+        torch.equal(old["w"], worker.live["w"])
+        for old, worker in zip(before, llm.workers, strict=True)
+        if old
+    )
+
+
+def push_or_roll_back(session: EngineSession, op: str) -> None:
+    if op == "rollback":
+        session.rollback(1, ())
+        return
+    send(session, 3, beside=op != "bucket")
+    if op == "abort":
+        session._asked(Abort(session=session.token, call=session._next_call()))
+    session.commit(3, ())
+
+
+def test_a_commit_that_is_delivered_twice_is_done_once():
+    llm = StubLLM()
+    session = greeted(llm)
+    call, seen = llm.collective_rpc, []
+
+    def twice(method: str, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
+        found = call(method, timeout, args, kwargs)
+        if args[0]["op"] in ("bucket", "commit"):
+            seen.append(call(method, timeout, args, kwargs)[0]["ok"])
+        return found
+
+    llm.collective_rpc = twice
+    for version in (1, 2):
+        send(session, version)
+        session.commit(version, ())
+    assert seen == [False] * 4
+    assert llm.workers[0].version == 2

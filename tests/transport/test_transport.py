@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -340,3 +341,29 @@ def test_every_transport_has_its_name():
         "shared_memory",
         "inline",
     ]
+
+
+def test_a_folder_that_somebody_has_removed_is_told_as_such(post):
+    agreed(post)
+    shutil.rmtree(post._senders["shared_memory"].offer()["folder"])
+    with pytest.raises(SyncError, match=r"is gone.*connect\(\) again"):
+        post.parcels(BUCKET, [Place(("shared_memory",))])
+
+
+def test_a_forked_process_that_ends_leaves_its_parent_s_folder():
+    script = (
+        "import os, sys\n"
+        "from lorasync.transport.folder import Folder\n"
+        "folder = Folder()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    sys.exit()\n"
+        "os.waitpid(child, 0)\n"
+        "print(folder.path.exists())\n"
+        "folder.remove()\n"
+        "print(folder.path.exists())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]
