@@ -123,9 +123,14 @@ class Flight:
         Raises:
             LorasyncError: what an engine says to it.
         """
-        waited, self._on_its_way = self._on_its_way, None
-        if waited is not None:
+        waited = self._on_its_way
+        if waited is None:
+            return
+        try:
             self.applying += waited.result()
+        finally:
+            if waited.done():  # not if the wait was interrupted
+                self._on_its_way = None
 
     def __enter__(self) -> Flight:
         return self
