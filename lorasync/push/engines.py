@@ -211,9 +211,10 @@ class Engines:
 
     def goodbye(self) -> None:
         """Best effort: an engine that can't be told finds out at its next handshake."""
-        for session in self.sessions:
-            _say_goodbye(session)
-        self.post.close()
+        try:
+            self.each(_say_goodbye)
+        finally:
+            self.post.close()
 
     def leave_out(self, name: str, keep: Collection[int] = ()) -> None:
         """Go on without an engine; it keeps these versions of an adapter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import (
     EngineNotReadyError,
@@ -16,6 +16,7 @@ from lorasync.errors import (
 )
 from lorasync.push.answers import (
     Answers,
+    any_has_agreed,
     check_digests,
     check_version,
     failure,
@@ -107,8 +108,9 @@ class EngineSession:
             in_flight=self.in_flight(),
             limit=self._limit,
         )
-        answers = self._asked(hello, PROBE)
-        self._greeted = True
+        found = self._told(hello, PROBE)
+        self._greeted = any_has_agreed(found)  # a worker may, although another one refuses
+        answers = read_answers(found, expected=self.target.workers)
         if self.target.engine is not None:
             join(self.target.engine, self)
         self._learn_engine(answers)
@@ -360,13 +362,16 @@ class EngineSession:
 
     def _asked(self, message: Message, payload: object = b"") -> Answers:
         """Send a message; return the answers of all workers, or raise what one of them reports."""
+        return read_answers(self._told(message, payload), expected=self.target.workers)
+
+    def _told(self, message: Message, payload: object) -> list[Any]:
+        """Send a message; return what came back."""
         try:
-            found = self.target.call(message.to_dict(), payload)
+            return self.target.call(message.to_dict(), payload)
         except LorasyncError:
             raise
         except Exception as error:
             raise failure(error) from error
-        return read_answers(found, expected=self.target.workers)
 
     def _status(self) -> Status:
         return Status(session=self.token, call=self._next_call())
