@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasync.bucket import Latest, addresses
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.kernels.checksum import Checksum, can_be_summed
-from lorasync.push.trainer_ranks import texts_of_all_ranks
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, texts_of_all_ranks
 from lorasync.wire import digest
 from lorasync.zero import is_sharded
 
@@ -33,7 +33,9 @@ class SamePolicy:
         Raises:
             MismatchError: naming the ranks whose trained parameters are others than the first one's.
         """
-        told = texts_of_all_ranks(self._of(source) if has_engines else "")
+        with agreed_by_all_ranks():
+            mine = self._of(source) if has_engines else ""
+        told = texts_of_all_ranks(mine)
         first = next((number for number, text in enumerate(told) if text), None)
         if first is None:
             return

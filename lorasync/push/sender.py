@@ -160,8 +160,8 @@ class Sender:
                 versions.serve(version, keep)
             else:
                 engines.take_on(version)
-        if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
+            if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         return blocked
 
     def _read(self, source: Source, engines: Engines, totals: Totals) -> tuple[Bucket[Item], Stream]:
