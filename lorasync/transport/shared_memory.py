@@ -68,7 +68,7 @@ class Sender:
         return page.parcel()
 
     def page(self, size: int) -> Page:
-        """Begin a bucket of at most this many bytes in the file whose turn it is; tensors go there one by one.
+        """Begin a bucket in the file whose turn it is, with room for this many bytes at least; tensors go there one by one.
 
         Raises:
             SyncError: if the file system has no room for it.
