@@ -217,11 +217,12 @@ class Engines:
             self.post.close()
 
     def leave_out(self, name: str, keep: Collection[int] = ()) -> None:
-        """Go on without an engine; it keeps these versions of an adapter.
+        """Go on without an engine; it keeps these versions of an adapter. Those that stood still because of it go on.
 
         Raises:
             SyncError: if it is one of several parts of an engine that is spread over trainer ranks.
         """
+        stood_still = bool(self.closed)
         for session in [session for session in self.sessions if session.name == name]:
             if session.target.spread:
                 raise SyncError(
@@ -230,6 +231,9 @@ class Engines:
                 )
             self.sessions.remove(session)
             _say_goodbye(session, keep)
+        if stood_still and not self.closed:
+            with contextlib.suppress(Exception):  # another one that is dead is noticed at the next push
+                self.each(lambda session: session.target.resume())
 
     def each(self, call: Callable[[EngineSession], T]) -> list[T]:
         """Call for every engine, side by side where they are other processes.
