@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -147,13 +147,18 @@ def test_a_wait_that_is_interrupted_is_taken_up_when_the_block_ends(greeted, mon
         threading.Timer(0.3, go_on.set).start()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), engines.flight(1, beside=True) as flight:
-        flight.send(BUCKETS["a"])
-        monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
-        flight.wait()
+    with pytest.raises(KeyboardInterrupt):
+        sends_and_waits(engines, lambda: monkeypatch.setattr("concurrent.futures.Future.result", interrupted))
     assert go_on.is_set()
     engines.abort(1, KeyboardInterrupt())
     send_and_commit(engines)
+
+
+def sends_and_waits(engines: Engines, between: Callable[[], None]) -> None:
+    with engines.flight(1, beside=True) as flight:
+        flight.send(BUCKETS["a"])
+        between()
+        flight.wait()
 
 
 def send_and_commit(engines: Engines) -> None:
