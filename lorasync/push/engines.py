@@ -64,6 +64,7 @@ class Engines:
 
     @property
     def ranks(self) -> int:
+        """How many workers answer every message."""
         return sum(session.ranks for session in self.sessions)
 
     @property
@@ -84,17 +85,13 @@ class Engines:
 
     @property
     def closed(self) -> str:
+        """Why one of them must not generate; empty if all may."""
         return next((session.closed for session in self.sessions if session.closed), "")
 
     @property
     def outdated(self) -> list[str]:
         """The names of those that serve another trainer's versions."""
         return [session.name for session in self.sessions if session.outdated]
-
-    @property
-    def hold_adapter(self) -> bool:
-        """Whether requests can name one version of an adapter on all of them."""
-        return all(s.holds_adapter for s in self.sessions)
 
     @property
     def version(self) -> int:
@@ -115,6 +112,7 @@ class Engines:
 
     @property
     def generates_meanwhile(self) -> bool:
+        """Whether requests may be running on any of them while a push goes on."""
         return any(session.target.generates_meanwhile for session in self.sessions)
 
     def hello(self, strategy: str, manifest: str) -> None:

@@ -65,10 +65,12 @@ class EngineSession:
         capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
         others: how many adapters of the user's own its workers hold.
         holds_adapter: whether requests can name an adapter of the version.
+        multimodal: whether it keeps outputs of encoders.
         dtypes: what its weights, and its LoRA slots, are in.
         notes: what its workers had to say in the handshake.
         replaced: whether another connection's versions are known to be served.
         unheard: whether it did not say what it serves after a failure.
+        token: names this conversation in every message; who knows it may push.
     """
 
     def __init__(self, target: Target, *, name: str) -> None:
@@ -129,9 +131,8 @@ class EngineSession:
         self.ways = ways_taken([worker.refused for worker in told])
         if not self.ways:
             why = "; ".join(f"{way}: {reason}" for way, reason in told[0].refused.items() if reason)
-            raise EngineNotReadyError(
-                f"transport: the workers take none of those that this trainer offers ({why})."
-            )
+            text = f"transport: the workers take none of those that this trainer offers ({why})."
+            raise EngineNotReadyError(text)
         gpus = {worker.gpu for worker in told}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
         self.capacity = min(worker.capacity for worker in told)

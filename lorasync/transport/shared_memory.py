@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError, SyncError
-from lorasync.transport.base import Parcel, Place, comes_twice
+from lorasync.transport.base import Parcel, Place, check_digest, comes_twice
 from lorasync.transport.folder import Folder, opened, room_in
-from lorasync.transport.inline import SMALL, check_digest
+from lorasync.transport.inline import SMALL
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import dtype_name, dtype_of
 
