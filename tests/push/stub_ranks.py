@@ -284,6 +284,21 @@ def a_canary_that_fails_is_told_to_all_ranks(source: Any) -> None:
             assert sync.version == version  # it is served all the same
 
 
+def a_model_that_one_rank_can_t_read_is_told_to_all_ranks(policy: Any) -> None:
+    def fails() -> None:
+        raise ConnectionError("no such adapter")
+
+    source = ls.FactorSource(policy)
+    with connect(source, only(0, StubLLM()), ServeAdapter("policy")) as sync:
+        sync.send_weights()
+        if RANK == 1:
+            source.base_state = fails
+        with pytest.raises(only(1, ConnectionError, SyncError), match="no such adapter"):
+            sync.send_weights()
+        source.__dict__.pop("base_state", None)
+        assert sync.send_weights().version == sync.version == 2
+
+
 def adapters(policy: Any) -> None:
     llm = StubLLM()
     sync = connect(ls.FactorSource(policy), only(0, llm), ServeAdapter("policy"))
@@ -340,6 +355,7 @@ def main() -> None:
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
     no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))
     a_canary_that_fails_is_told_to_all_ranks(source)
+    a_model_that_one_rank_can_t_read_is_told_to_all_ranks(policy)
     adapters(policy)
     dist.destroy_process_group()
 
