@@ -1,6 +1,6 @@
 """An engine for what a real one can't be made to do on demand: its workers are the real `WorkerEngine`, applying to dicts.
 
-Messages, mailboxes, compare-and-swap, digests and answers are the product's own; only what a worker does with tensors is
+Messages, compare-and-swap, digests and answers are the product's own; only what a worker does with tensors is
 replaced, and vLLM around it. `tests/e2e/test_stub.py` shows that a real engine answers the same.
 """
 

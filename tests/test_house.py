@@ -25,7 +25,6 @@ COVERED_BY = {
     "lorasync.push.arguments": "tests/push/test_sync.py",
     "lorasync.push.issued": "tests/push/test_requests.py",
     "lorasync.push.report": "tests/push/test_sync.py",
-    "lorasync.push.sender": "tests/push/test_sync.py",
     "lorasync.push.strategies": "tests/push/test_sync.py",
     "lorasync.push.versions": "tests/push/test_requests.py",
     "lorasync.receive.adapter": "tests/e2e/test_push_adapter.py",

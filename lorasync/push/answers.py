@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import EngineNotReadyError, PayloadError, SyncError
@@ -38,6 +39,11 @@ def read_answers(found: Sequence[Any], *, expected: int) -> Answers:
             "have arrived is not pushed. Does collective_rpc return what all workers return?"
         )
     return answers
+
+
+def any_has_agreed(found: Sequence[Any]) -> bool:
+    """Whether one of the workers that have answered takes the pushes of the session that asks."""
+    return any(isinstance(each, Mapping) and each.get("ours") is True for each in found)
 
 
 def failure(error: Exception) -> SyncError:

@@ -120,14 +120,14 @@ def check_whole(engines: Engines) -> None:
         MismatchError: naming the workers that are missing.
     """
     mine = [[s.workers, list(s.worker_ranks)] for s in engines.sessions if s.target.spread]
-    found: dict[int, list[int]] = {}
+    found: dict[int, Counter[int]] = {}
     for text in texts_of_all_ranks(json.dumps(mine)):
         for workers, ranks in json.loads(text):
-            found.setdefault(workers, []).extend(ranks)
+            found.setdefault(workers, Counter()).update(ranks)
     wrong = []
-    for workers, ranks in found.items():
-        counts = Counter(dict.fromkeys(range(workers), 0) | Counter(ranks))
-        missing = sorted(number for number, count in counts.items() if count < max(counts.values()))
+    for workers, counts in found.items():
+        engines_of_this_size = max(counts.values())
+        missing = [number for number in range(workers) if counts[number] < engines_of_this_size]
         if missing:
             wrong.append(
                 Mismatch(

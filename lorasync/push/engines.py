@@ -65,6 +65,7 @@ class Engines:
 
     @property
     def ranks(self) -> int:
+        """How many workers answer every message."""
         return sum(session.ranks for session in self.sessions)
 
     @property
@@ -85,17 +86,13 @@ class Engines:
 
     @property
     def closed(self) -> str:
+        """Why one of them must not generate; empty if all may."""
         return next((session.closed for session in self.sessions if session.closed), "")
 
     @property
     def outdated(self) -> list[str]:
         """The names of those that serve another trainer's versions."""
         return [session.name for session in self.sessions if session.outdated]
-
-    @property
-    def hold_adapter(self) -> bool:
-        """Whether requests can name one version of an adapter on all of them."""
-        return all(s.holds_adapter for s in self.sessions)
 
     @property
     def version(self) -> int:
@@ -116,6 +113,7 @@ class Engines:
 
     @property
     def generates_meanwhile(self) -> bool:
+        """Whether requests may be running on any of them while a push goes on."""
         return any(session.target.generates_meanwhile for session in self.sessions)
 
     def hello(self, strategy: str, manifest: str) -> None:
@@ -233,16 +231,18 @@ class Engines:
 
     def goodbye(self) -> None:
         """Best effort: an engine that can't be told finds out at its next handshake."""
-        for session in self.sessions:
-            _say_goodbye(session)
-        self.post.close()
+        try:
+            self.each(_say_goodbye)
+        finally:
+            self.post.close()
 
     def leave_out(self, name: str, keep: Collection[int] = ()) -> None:
-        """Go on without an engine; it keeps these versions of an adapter.
+        """Go on without an engine; it keeps these versions of an adapter. Those that stood still because of it go on.
 
         Raises:
             SyncError: if it is one of several parts of an engine that is spread over trainer ranks.
         """
+        stood_still = bool(self.closed)
         for session in [session for session in self.sessions if session.name == name]:
             if session.target.spread:
                 raise SyncError(
@@ -251,6 +251,9 @@ class Engines:
                 )
             self.sessions.remove(session)
             _say_goodbye(session, keep)
+        if stood_still and not self.closed:
+            with contextlib.suppress(Exception):  # another one that is dead is noticed at the next push
+                self.each(lambda session: session.target.resume())
 
     def each(self, call: Callable[[EngineSession], T]) -> list[T]:
         """Call for every engine, side by side where they are other processes.

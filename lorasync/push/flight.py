@@ -123,12 +123,13 @@ class Flight:
         Raises:
             LorasyncError: what an engine says to it.
         """
-        if self._on_its_way is None:
+        waited = self._on_its_way
+        if waited is None:
             return
         try:
-            self.applying += self._on_its_way.result()
+            self.applying += waited.result()
         finally:
-            if self._on_its_way.done():  # not where Ctrl-C has ended the wait
+            if waited.done():  # not if the wait was interrupted
                 self._on_its_way = None
 
     def __enter__(self) -> Flight:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.push.strategies import ServeAdapter, is_factor_source
-from lorasync.push.trainer_ranks import largest_of_all_ranks
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, largest_of_all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,8 @@ class Handshake:
         """
         if not self._strategy.stages_beside:
             return  # a merged push sends every weight as it is
-        state = _state(source)
+        with agreed_by_all_ranks():
+            state = _state(source)
         if not largest_of_all_ranks(int(state is not None and state != self._state)):
             return  # or a source of the user's own, of which nothing but its names is known
         self.check_scalings(source)

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Pausing:
-    """The time in which the engines do not generate; one that is closed stays stopped until a push completes."""
+    """The time in which the engines do not generate. If one is closed, all stay stopped until a push completes.
+
+    Attributes:
+        seconds: how long it was; None before the end, and where nothing was stopped.
+    """
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
@@ -23,11 +27,13 @@ class Pausing:
         self.seconds: float | None = None
 
     def begin(self) -> None:
+        """Stop the engines, unless they stand still already."""
         if self._began is None:
             self._engines.each(lambda session: session.target.pause())  # until then steps go on to their end
             self._began = time.perf_counter()
 
     def end(self) -> None:
+        """Let the engines go on, unless one is closed."""
         if self._engines.closed:
             return
         self._engines.each(lambda session: session.target.resume())
@@ -37,7 +43,7 @@ class Pausing:
 
 @contextlib.contextmanager
 def pausable(engines: Engines) -> Iterator[Pausing]:
-    """Whatever happens in the block, the engines that may generate do so after it."""
+    """Let the engines go on after the block, whatever happens in it; none of them goes on while one is closed."""
     pausing = Pausing(engines)
     try:
         yield pausing

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasync.bucket import Latest, addresses
 from lorasync.errors import Mismatch, MismatchError
 from lorasync.kernels.checksum import Checksum, can_be_summed
-from lorasync.push.trainer_ranks import texts_of_all_ranks
+from lorasync.push.trainer_ranks import agreed_by_all_ranks, texts_of_all_ranks
 from lorasync.wire import digest, digest_of_text
 from lorasync.zero import is_sharded
 
@@ -37,7 +37,9 @@ class SamePolicy:
         Raises:
             MismatchError: naming the ranks whose trained parameters are others than the first one's.
         """
-        _compare(self._of(source) if has_engines else "", "trained parameters")
+        with agreed_by_all_ranks():
+            mine = self._of(source) if has_engines else ""
+        _compare(mine, "trained parameters")
 
     def check_base(self, source: Any, handshake: str, *, has_engines: bool) -> None:
         """The same for all that a model holds, and for what the workers were told; once, as a base is large.
@@ -45,7 +47,8 @@ class SamePolicy:
         Raises:
             MismatchError: naming the ranks that hold something else than the first one.
         """
-        mine = _sum(_whole(source, trained_only=False)) + digest_of_text(handshake) if has_engines else ""
+        with agreed_by_all_ranks():
+            mine = _sum(_whole(source, trained_only=False)) + digest_of_text(handshake) if has_engines else ""
         _compare(mine, "the model")
 
     def _of(self, source: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -94,17 +95,12 @@ class Sender:
         pause: Pausing,
     ) -> None:
         try:
-            with agreed_by_all_ranks():
-                try:
-                    self._send(lent, stream, engines, version, totals)
-                    if not self._strategy.changes_weights:
-                        engines.each(lambda session: session.wait_for_room())
-                    elif self._strategy.stages_beside:
-                        pause.begin()  # factors were staged beside what is served until now
-                except BaseException:
-                    for _ in stream:  # the other trainer ranks are in its collectives
-                        pass
-                    raise
+            with agreed_by_all_ranks(), read_to_its_end(stream):
+                self._send(lent, stream, engines, version, totals)
+                if not self._strategy.changes_weights:
+                    engines.each(lambda session: session.wait_for_room())
+                elif self._strategy.stages_beside:
+                    pause.begin()  # factors were staged beside what is served until now
         except BaseException as error:
             engines.abort(version, error)
             raise
@@ -161,14 +157,14 @@ class Sender:
                     versions.serve(version, keep)
                 else:
                     engines.take_on(version)
+                if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                    torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         except BaseException as error:
             engines.shut(
                 f"Version {version} is in all engines, but not all of them have forgotten what they had computed with the "
                 f"version before ({error}). Call send_weights() again; a push that completes opens them."
             )
             raise
-        if engines.in_process and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # a worker in this process has launched the merge and not waited
         return blocked
 
     def _read(self, source: Source, engines: Engines, totals: Totals) -> tuple[Bucket[Item], Stream]:
@@ -187,9 +183,21 @@ class Sender:
 
     def send_base(self, source: Source, engines: Engines, version: int) -> None:
         """Once: the packed 4-bit weights that the workers merge from. Every rank takes part in reading them."""
-        with engines.flight(version, beside=True, kind="base") as flight:
-            flight.send_stream(self._strategy.packed_base(source), limit=self._limit, expected=self._limit)
+        stream = self._strategy.packed_base(source)
+        with read_to_its_end(stream), engines.flight(version, beside=True, kind="base") as flight:
+            flight.send_stream(stream, limit=self._limit, expected=self._limit)
             flight.wait()
+
+
+@contextlib.contextmanager
+def read_to_its_end(stream: Stream) -> Iterator[None]:
+    """Read the rest of a source's stream if the block fails: the other trainer ranks are in the stream's collectives."""
+    try:
+        yield
+    except BaseException:
+        for _ in stream:
+            pass
+        raise
 
 
 def _gpu_of(source: FactorSource | MergedSource) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasync.errors import (
     EngineNotReadyError,
@@ -16,6 +16,7 @@ from lorasync.errors import (
 )
 from lorasync.push.answers import (
     Answers,
+    any_has_agreed,
     check_digests,
     check_version,
     failure,
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
     from lorasync.wire.messages import Kind
 
 
+class _Numbered(TypedDict):
+    session: str
+    call: int
+
+
 class EngineSession:
     """One engine, from the handshake to the goodbye.
 
@@ -65,10 +71,12 @@ class EngineSession:
         capacity: how many adapters its workers hold at a time; 0 unless it serves adapters.
         others: how many adapters of the user's own its workers hold.
         holds_adapter: whether requests can name an adapter of the version.
+        multimodal: whether it keeps outputs of encoders.
         dtypes: what its weights, and its LoRA slots, are in.
         notes: what its workers had to say in the handshake.
         replaced: whether another connection's versions are known to be served.
         unheard: whether it did not say what it serves after a failure.
+        token: names this conversation in every message; who knows it may push.
     """
 
     def __init__(self, target: Target, *, name: str) -> None:
@@ -101,16 +109,16 @@ class EngineSession:
     def hello(self, strategy: str, manifest: str, post: Post) -> None:
         """Shake hands: everything is checked against the served model before anything is sent."""
         hello = Hello(
-            session=self.token,
-            call=self._next_call(),
+            **self._next(),
             strategy=strategy,
             manifest=manifest,
             offers=post.offers(hands_over=self.target.in_process),
             in_flight=self.in_flight(),
             limit=self._limit,
         )
-        answers = self._asked(hello, PROBE)
-        self._greeted = True
+        found = self._told(hello, PROBE)
+        self._greeted = any_has_agreed(found)  # a worker may, although another one refuses
+        answers = read_answers(found, expected=self.target.workers)
         if self.target.engine is not None:
             join(self.target.engine, self)
         self._learn_engine(answers)
@@ -129,9 +137,8 @@ class EngineSession:
         self.ways = ways_taken([worker.refused for worker in told])
         if not self.ways:
             why = "; ".join(f"{way}: {reason}" for way, reason in told[0].refused.items() if reason)
-            raise EngineNotReadyError(
-                f"transport: the workers take none of those that this trainer offers ({why})."
-            )
+            text = f"transport: the workers take none of those that this trainer offers ({why})."
+            raise EngineNotReadyError(text)
         self.took_over = {worker.took_over for worker in told if worker.took_over}
         gpus = {worker.gpu for worker in told}
         self.gpu = gpus.pop() if len(gpus) == 1 else ""
@@ -152,8 +159,7 @@ class EngineSession:
             beside: stage it beside what is served, while the engine generates; otherwise it goes into live weights.
         """
         message = BucketMessage(
-            session=self.token,
-            call=self._next_call(),
+            **self._next(),
             version=version,
             kind=kind,
             transport=parcel.way,
@@ -179,7 +185,7 @@ class EngineSession:
         limit = self.target.patience.seconds(f"{self.name}: its workers")
         while True:
             now = time.monotonic()
-            answers = self._asked(Collect(session=self.token, call=self._next_call()))
+            answers = self._asked(Collect(**self._next()))
             late = [rank for rank, answer in answers.items() if answer.pending]
             if not late:
                 return answers
@@ -203,17 +209,10 @@ class EngineSession:
         """
         digest, self._sent = digest_of_parts(self._sent), []
         others = self._replace_others()
+        stay = tuple(sorted(keep))
+        commit = Commit(**self._next(), version=version, expected=self.version, digest=digest, in_flight=stay)
         try:
-            answers = self._asked(
-                Commit(
-                    session=self.token,
-                    call=self._next_call(),
-                    version=version,
-                    expected=self.version,
-                    digest=digest,
-                    in_flight=tuple(sorted(keep)),
-                )
-            )
+            answers = self._asked(commit)
             check_digests(answers, digest, "applied")
         except StaleVersionError:  # nothing was touched: theirs are still there
             for other in others:
@@ -229,15 +228,9 @@ class EngineSession:
 
     def rollback(self, version: int, keep: Collection[int]) -> None:
         """Serve the version before; asked for the one after it, go forward again."""
-        answers = self._asked(
-            Rollback(
-                session=self.token,
-                call=self._next_call(),
-                version=version,
-                expected=self.version,
-                in_flight=tuple(sorted(keep)),
-            )
-        )
+        stay = tuple(sorted(keep))
+        back = Rollback(**self._next(), version=version, expected=self.version, in_flight=stay)
+        answers = self._asked(back)
         check_version(answers, version)
         self.version = version
 
@@ -263,7 +256,7 @@ class EngineSession:
         """Tell the workers to give the update up, and find out what they serve; never raises."""
         self._sent = []
         with contextlib.suppress(Exception):
-            self._asked(Abort(session=self.token, call=self._next_call()))
+            self._asked(Abort(**self._next()))
         self.find_out(version, error)
 
     def find_out(self, version: int, error: BaseException) -> None:
@@ -311,7 +304,7 @@ class EngineSession:
 
     def digests(self) -> dict[int, str]:
         """What every worker serves: worker rank → digest over its live parameters."""
-        answers = self._asked(Digest(session=self.token, call=self._next_call()))
+        answers = self._asked(Digest(**self._next()))
         return {rank: answer.digest for rank, answer in answers.items()}
 
     def goodbye(self, keep: Collection[int] = ()) -> None:
@@ -322,7 +315,7 @@ class EngineSession:
         if self.capacity:
             self._replace_others()
         in_flight = tuple(sorted({*keep, *self.in_flight()}))
-        self._asked(Goodbye(session=self.token, call=self._next_call(), in_flight=in_flight))
+        self._asked(Goodbye(**self._next(), in_flight=in_flight))
 
     # -------------------------------------------------------------------------------- adapters in flight
 
@@ -363,16 +356,19 @@ class EngineSession:
 
     def _asked(self, message: Message, payload: object = b"") -> Answers:
         """Send a message; return the answers of all workers, or raise what one of them reports."""
+        return read_answers(self._told(message, payload), expected=self.target.workers)
+
+    def _told(self, message: Message, payload: object) -> list[Any]:
+        """Send a message; return what came back."""
         try:
-            found = self.target.call(message.to_dict(), payload)
+            return self.target.call(message.to_dict(), payload)
         except LorasyncError:
             raise
         except Exception as error:
             raise failure(error) from error
-        return read_answers(found, expected=self.target.workers)
 
     def _status(self) -> Status:
-        return Status(session=self.token, call=self._next_call())
+        return Status(**self._next())
 
     def _serving(self, version: int) -> Answers:
         """The workers' answers, if all of them serve this version; none otherwise."""
@@ -392,6 +388,7 @@ class EngineSession:
     def _replace_others(self) -> list[Session]:
         return [] if self.target.engine is None else replace_others(self.target.engine, self)
 
-    def _next_call(self) -> int:
+    def _next(self) -> _Numbered:
+        """What every message says: whose it is, and which one; a worker refuses one that comes late, or twice."""
         self._calls += 1
-        return self._calls
+        return {"session": self.token, "call": self._calls}

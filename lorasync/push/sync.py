@@ -197,8 +197,9 @@ class Sync:
         self._notes = ()
         report = self._with_unasked(report, served)
         self._has_pushed = True
-        if self._canary is not None and self._engines.sessions:
-            report = with_canary(report, self._canary, self._versions.quietly() if self._versions else {})
+        with agreed_by_all_ranks():
+            if self._canary is not None and self._engines.sessions:
+                report = with_canary(report, self._canary, self._versions.quietly() if self._versions else {})
         _LOG.log(logging.WARNING if report.warnings else logging.INFO, "%s", report)
         return report
 
@@ -250,13 +251,13 @@ class Sync:
         engines, versions = self._engines, self._versions
         with pausable(engines) as pausing:
             keep: set[int] = set()
-            with agreed_by_all_ranks():
-                if versions is None:
-                    pausing.begin()
-                else:
-                    versions.serve(before, keep=engines.in_flight())
-                    keep = {*versions.to_keep(), before}
             try:
+                with agreed_by_all_ranks():
+                    if versions is None:
+                        pausing.begin()
+                    else:
+                        versions.serve(before, keep=engines.in_flight())
+                        keep = {*versions.to_keep(), before}
                 with agreed_by_all_ranks():
                     engines.rollback(before, keep)
             except BaseException:
@@ -320,7 +321,7 @@ class Sync:
                 )
             self._engines.begin()
             self._engines.leave_out(engine, self._versions.held() if self._versions else ())
-            self._names = tuple(name for name in self._names if name != engine)
+        self._names = tuple(name for name in self._names if name != engine)
 
     def shutdown(self) -> None:
         """Say goodbye to the engines, which keep serving, and remove the folder in shared memory.

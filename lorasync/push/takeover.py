@@ -21,18 +21,19 @@ class Session(Protocol):
 
 
 def join(engine: object, session: Session) -> None:
-    """A connection has shaken hands with the engine, which takes only its pushes from now on."""
+    """Remember that this connection has shaken hands with the engine, which takes only its pushes from now on."""
     _sessions.setdefault(engine, weakref.WeakSet()).add(session)
     _last[engine] = weakref.ref(session)
 
 
 def replace_others(engine: object, session: Session) -> list[Session]:
-    """Before the versions of all other connections go: vLLM ends the whole engine when a request names a lost adapter.
+    """Mark all other connections to an engine as replaced, before the engine drops their versions.
 
-    Of a connection that another one has taken over from, the engine takes nothing: no versions go.
+    They refuse requests from then on: vLLM ends the whole engine when a request names an adapter that is gone. If the
+    engine takes the pushes of another connection than this one, it will refuse, and nobody is marked.
 
     Returns:
-        Those that were not replaced before, for the case that the engine refuses.
+        The connections that are marked now and were not before: the caller takes the mark back if the engine refuses.
     """
     last = _last.get(engine)
     if last is None or last() is not session:

@@ -149,12 +149,11 @@ class Conversation:
             )
         config = self.served.config
         check_layout(config.parallel_config)
-        before = self._applier
-        if before is not None:
-            self._abort(before)  # of a trainer that died, or was not told that another one took over
         receivers = Receivers(self.served.device)
         refused = receivers.agree(hello.offers)
-        applier = self._applier_for(hello)
+        applier, before = self._applier_for(hello), self._applier
+        if before is not None:
+            self._abort(before)  # of a trainer that died, or was not told that another one took over
         took_over = digest_of_text(self.session) if self.session else ""
         self.session, self._limit = hello.session, hello.limit
         self._greeted = [*(each for each in self._greeted if each != hello.session), hello.session]

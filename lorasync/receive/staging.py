@@ -56,7 +56,7 @@ class Staging:
         self._check(bucket, self.expected, self.received.keys())
         if not self._room and self._spare:
             self._room = self._spare.pop()
-        # Copies also on the CPU: the payload's file is gone after the call.
+        # Copies also on the CPU: after the answer the trainer writes its next bucket to the same file.
         room = [self._room_for(name, tensor) for name, tensor in bucket.items()]
         with torch.no_grad():
             torch._foreach_copy_(room, list(bucket.values()), non_blocking=True)

@@ -1,4 +1,4 @@
-"""The trainer's half of the base fingerprint."""
+"""The trainer's half of the base check: samples of the frozen weights that are trained on."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorasync.errors import Mismatch, MismatchError
+from lorasync.errors import Mismatch, MismatchError, PayloadError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,3 +105,15 @@ def comes_twice(name: str) -> MismatchError:
     """The error for a source that yields a name a second time within a bucket; the worker sees the others."""
     wrong = Mismatch(name, "it a second time", "each name once", "Yield it once.")
     return MismatchError("A source must yield each name once.", [wrong])
+
+
+def check_digest(found: str, expected: str) -> None:
+    """Refuse a bucket whose bytes are not those that were sent.
+
+    Raises:
+        PayloadError: with the digest that was expected.
+    """
+    if found != expected:
+        raise PayloadError(
+            f"bucket: the digest differs from {expected or 'none'}: bytes were altered. Not applied."
+        )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError
-from lorasync.transport.base import Parcel, Place
+from lorasync.transport.base import Parcel, Place, check_digest
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import pack, unpack
 
@@ -63,15 +63,3 @@ class Receiver:
 
     def close(self) -> None:
         """Nothing was opened."""
-
-
-def check_digest(found: str, expected: str) -> None:
-    """Refuse a bucket whose bytes are not those that were sent.
-
-    Raises:
-        PayloadError: with the digest that was expected.
-    """
-    if found != expected:
-        raise PayloadError(
-            f"bucket: the digest differs from {expected or 'none'}: bytes were altered. Not applied."
-        )

@@ -57,7 +57,7 @@ class Post:
             expected: bytes of all tensors together.
         """
         sender = self._senders.get(shared_memory.NAME)
-        first = {place.ways[0] for place in places}
+        first = {next(way for way in place.ways if way != cuda_ipc.NAME or place.gpu) for place in places}
         all_so = isinstance(sender, shared_memory.Sender) and first == {shared_memory.NAME}
         return sender if all_so and expected > inline.SMALL else None  # type: ignore[return-value]
 

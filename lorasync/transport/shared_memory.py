@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError, SyncError
-from lorasync.transport.base import Parcel, Place, comes_twice
+from lorasync.transport.base import Parcel, Place, check_digest, comes_twice
 from lorasync.transport.folder import Folder, opened, room_in
-from lorasync.transport.inline import SMALL, check_digest
+from lorasync.transport.inline import SMALL
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import dtype_name, dtype_of
 
@@ -68,7 +68,7 @@ class Sender:
         return page.parcel()
 
     def page(self, size: int) -> Page:
-        """Begin a bucket of at most this many bytes in the file whose turn it is; tensors go there one by one.
+        """Begin a bucket in the file whose turn it is, with room for this many bytes at least; tensors go there one by one.
 
         Raises:
             SyncError: if the file system has no room for it.
@@ -94,7 +94,9 @@ class Sender:
         assert self._folder is not None
         self._turn = (self._turn + 1) % _TURNS
         slot = self._slots[self._turn]
-        if slot is None or slot.size < size:
+        if (
+            slot is None or slot.size < size or not slot.is_whole()
+        ):  # writing to a file that was cut ends the process
             if slot is not None:
                 slot.remove()
             self._slots[self._turn] = None
@@ -171,6 +173,13 @@ class _Slot:
             place.numpy()[:] = flat.numpy()
         else:
             place.copy_(flat)
+
+    def is_whole(self) -> bool:
+        """Whether the file is still there, as long as it was made."""
+        try:
+            return self.path.stat().st_size == self.size
+        except FileNotFoundError:
+            return False
 
     def remove(self) -> None:
         """Free the memory; the mapping goes with the last tensor that looks at it."""

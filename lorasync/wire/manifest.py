@@ -17,6 +17,7 @@ Entry = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def manifest_as_text(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> str:
+    """What `manifest_from_text` reads: names, dtypes and shapes, in order."""
     return json.dumps([[name, dtype_name(dtype), list(shape)] for name, dtype, shape in entries])
 
 

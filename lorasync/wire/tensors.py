@@ -32,10 +32,16 @@ _MALFORMED = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeEr
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as it travels: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name that has travelled.
+
+    Raises:
+        PayloadError: if no tensor of such a dtype travels.
+    """
     if name not in _DTYPES:
         raise PayloadError(f"dtype {name!r} is not one that travels; expected one of {', '.join(_DTYPES)}.")
     return _DTYPES[name]
@@ -47,7 +53,7 @@ def nbytes(tensors: Tensors) -> int:
 
 
 def pack(tensors: Tensors) -> bytes:
-    """The same as safetensors bytes, for payloads that ride in the call."""
+    """The tensors as safetensors bytes, for payloads that ride in the call."""
     return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
 
 

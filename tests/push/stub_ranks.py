@@ -147,8 +147,9 @@ def parts_of_one_engine(source: Any, policy: Any) -> None:
     llm = StubLLM(first_rank=RANK, **layout)
     with connect(source, llm) as sync:
         assert sync.send_weights().version == 1
-        with pytest.raises(SyncError, match="spread over trainer ranks"):
-            sync.leave_out("rank 1's engine")
+        for _ in range(2):  # also the rank that does not drive it refuses, and forgets nothing
+            with pytest.raises(SyncError, match="spread over trainer ranks"):
+                sync.leave_out("rank 1's engine")
     assert llm.workers[0].version == 1
     for ranks in ((0,), (1,)):
         llm = StubLLM(first_rank=RANK, **layout)
@@ -342,6 +343,34 @@ def no_engine_commits_what_a_rank_could_not_read(source: Any) -> None:
         assert not sync.closed
 
 
+def a_canary_that_fails_is_told_to_all_ranks(source: Any) -> None:
+    def fails(request: Any) -> None:
+        raise ConnectionError("no tokens")
+
+    canary: Any = fails
+    canary.limit = 1.0
+    with connect(source, only(0, StubLLM()), canary=only(0, canary)) as sync:
+        for version in (1, 2):
+            with pytest.raises(only(0, ConnectionError, SyncError), match="no tokens"):
+                sync.send_weights()
+            assert sync.version == version  # it is served all the same
+
+
+def a_model_that_one_rank_can_t_read_is_told_to_all_ranks(policy: Any) -> None:
+    def fails() -> None:
+        raise ConnectionError("no such adapter")
+
+    source = ls.FactorSource(policy)
+    with connect(source, only(0, StubLLM()), ServeAdapter("policy")) as sync:
+        sync.send_weights()
+        if RANK == 1:
+            source.base_state = fails
+        with pytest.raises(only(1, ConnectionError, SyncError), match="no such adapter"):
+            sync.send_weights()
+        source.__dict__.pop("base_state", None)
+        assert sync.send_weights().version == sync.version == 2
+
+
 def adapters(policy: Any) -> None:
     llm = StubLLM()
     sync = connect(ls.FactorSource(policy), only(0, llm), ServeAdapter("policy"))
@@ -399,6 +428,8 @@ def main() -> None:
     all_engines_of_all_ranks_or_none(source, policy)
     a_refusal_reaches_all_ranks(ls.MergedSource(policy))
     no_engine_commits_what_a_rank_could_not_read(ls.MergedSource(policy))
+    a_canary_that_fails_is_told_to_all_ranks(source)
+    a_model_that_one_rank_can_t_read_is_told_to_all_ranks(policy)
     adapters(policy)
     dist.destroy_process_group()
 

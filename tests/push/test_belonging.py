@@ -61,7 +61,7 @@ def test_what_is_no_engine_is_called_by_its_name_if_there_are_several(other):
 def parts(*ranks: int, workers: int = 3) -> Engines:
     """Parts of an engine that vLLM's external_launcher has spread over trainer processes."""
     layout: dict[str, Any] = {"world_size": workers, "distributed_executor_backend": "external_launcher"}
-    llms = {f"part {n}": StubLLM(first_rank=n, **layout) for n in ranks}
+    llms = {f"part {i}": StubLLM(first_rank=n, **layout) for i, n in enumerate(ranks)}
     engines = Engines(llms, timeout=10.0, pause="keep", changes_weights=True, names_each=True)
     engines.hello('{"kind": "merge"}', manifest_as_text([]))
     return engines
@@ -78,6 +78,17 @@ def test_workers_that_nobody_reaches_are_named(ranks, missing):
     engines = parts(*ranks)
     with pytest.raises(MismatchError, match=rf"of 3 workers, of which {missing} belong to no trainer rank"):
         check_whole(engines)
+    engines.goodbye()
+
+
+def test_a_second_engine_of_the_same_size_does_not_stand_in_for_a_worker_of_the_first():
+    """Under external_launcher with data parallelism each replica is an engine of its own, with the same worker ranks."""
+    engines = parts(0, 1, 2, 0, 1)
+    with pytest.raises(MismatchError, match=r"of 3 workers, of which \[2\] belong to no trainer rank"):
+        check_whole(engines)
+    engines.goodbye()
+    engines = parts(0, 1, 2, 0, 1, 2)
+    check_whole(engines)
     engines.goodbye()
 
 

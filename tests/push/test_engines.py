@@ -47,6 +47,24 @@ def test_a_handshake_that_one_refuses_is_said_goodbye_to_by_the_others():
     assert llms["left"].calls == ["hello", "goodbye"]
 
 
+def test_workers_that_agreed_are_told_when_another_worker_of_their_engine_refuses():
+    llm = StubLLM(workers=2)
+    llm.workers[1].conversation._applier_for = lambda hello: raising(SyncError("no memory"))()
+    with pytest.raises(SyncError, match="no memory"):
+        greeted(only=llm)
+    assert llm.calls == ["hello", "goodbye"]
+    assert llm.workers[0].conversation._applier is None
+
+
+def test_engines_that_hang_are_said_goodbye_to_side_by_side():
+    llms = {name: StubLLM() for name in ("a", "b", "c")}
+    engines, together = greeted(**llms), threading.Barrier(3)
+    for llm in llms.values():
+        llm.on["goodbye"] = lambda: together.wait(10)
+    engines.goodbye()
+    assert not together.broken
+
+
 @pytest.mark.parametrize("who", ["left", "right"])
 @pytest.mark.parametrize("point", ["commit", "commit in the worker"])
 @pytest.mark.parametrize("kind", ["merge", "adapter", "load"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -135,6 +135,37 @@ def test_a_block_that_fails_waits_for_its_bucket_and_raises_its_own_error(greete
     with pytest.raises(SyncError, match="the trainer's own"):
         fails_after_sending(engines)
     assert taken == [1]
+
+
+def test_a_wait_that_is_interrupted_is_taken_up_when_the_block_ends(greeted, monkeypatch):
+    """Ctrl-C comes while a bucket is waited for: what is said to the engine next must not overtake that bucket."""
+    llm = StubLLM()
+    engines, go_on = greeted(llm), held_back(llm)
+
+    def interrupted(self: Any, timeout: float | None = None) -> float:
+        monkeypatch.undo()
+        threading.Timer(0.3, go_on.set).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sends_and_waits(engines, lambda: monkeypatch.setattr("concurrent.futures.Future.result", interrupted))
+    assert go_on.is_set()
+    engines.abort(1, KeyboardInterrupt())
+    send_and_commit(engines)
+
+
+def sends_and_waits(engines: Engines, between: Callable[[], None]) -> None:
+    with engines.flight(1, beside=True) as flight:
+        flight.send(BUCKETS["a"])
+        between()
+        flight.wait()
+
+
+def send_and_commit(engines: Engines) -> None:
+    with engines.flight(2, beside=True) as flight:
+        for bucket in BUCKETS.values():
+            flight.send(bucket)
+    engines.commit(2)
 
 
 def test_a_flight_leaves_no_thread(greeted):

@@ -89,3 +89,8 @@ def test_no_engine_goes_on_while_one_must_not_generate(loop):
         engines.sessions[1].shut("half of its weights are new")
     assert left.first.calls == right.first.calls == ["pause keep"]
     assert pausing.seconds is None
+    engines.leave_out("right")
+    assert left.first.calls == [
+        "pause keep",
+        "resume",
+    ]  # nothing else would let it go on before the next push

@@ -158,6 +158,20 @@ def test_rolled_back_a_kept_request_is_refused_or_answered_by_what_is_served(pol
         assert answered_by(llm, sync.request()) == 1
 
 
+def test_a_rollback_that_fails_before_an_engine_is_asked_changes_no_request(policy, llm):
+    with connected(policy, llm) as sync:
+        pushed(sync)
+        pushed(sync)
+        sync._engines.settle = raising(ConnectionError("gone"))
+        with pytest.raises(ConnectionError):
+            sync.rollback()
+        del sync._engines.settle
+        assert sync.version == 2
+        assert answered_by(llm, sync.request()) == 2
+        sync.rollback()
+        assert answered_by(llm, sync.request()) == 1
+
+
 @pytest.mark.parametrize("on_gone", ["refuse", "newest"])
 def test_a_version_that_a_commit_has_brought_nobody_was_told_of(policy, llm, on_gone):
     """The push fails: requests for the version before are answered by it, as ever."""

@@ -331,7 +331,7 @@ def push_or_roll_back(session: EngineSession, op: str) -> None:
         return
     send(session, 3, beside=op != "bucket")
     if op == "abort":
-        session._asked(Abort(session=session.token, call=session._next_call()))
+        session._asked(Abort(**session._next()))
     session.commit(3, ())
 
 

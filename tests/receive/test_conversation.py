@@ -156,6 +156,17 @@ def test_a_handshake_whose_bytes_were_altered_leaves_the_session_before_in_place
     assert "w" in worker.held[1]
 
 
+def test_a_handshake_that_is_refused_gives_up_no_push_of_the_session_before(worker, monkeypatch):
+    worker.hello(FIRST)
+    worker.bucket(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.conversation, "_applier_for", lambda hello: raising(PayloadError("no"))())
+        with pytest.raises(PayloadError, match="no"):
+            worker.hello(SECOND)
+    worker.commit(1)
+    assert "w" in worker.held[1]
+
+
 @pytest.mark.parametrize("carried", [PROBE, bytearray(PROBE), memoryview(PROBE)])
 def test_bytes_come_as_whatever_holds_bytes(worker, carried):
     assert worker.hello(payload=carried).refused == {"inline": ""}

@@ -71,6 +71,20 @@ def test_each_engine_gets_a_bucket_by_its_own_cheapest_way(post):
         assert all(other is first for other in others), "it is written once for each way"
 
 
+def test_tensors_are_written_as_they_come_where_shared_memory_is_the_cheapest_way_to_all(post):
+    ways = ("cuda_ipc", "shared_memory", "inline")
+    one_gpu, two_gpus = Place(ways, gpu="GPU-1"), Place(ways)
+    for places, as_they_come in (
+        ([NEAR, NEAR], True),
+        ([NEAR, two_gpus], True),  # no bucket can be read by all its workers where it lies
+        ([NEAR, one_gpu], False),
+        ([NEAR, FAR], False),
+        ([HERE], False),
+    ):
+        assert (post.pages(places, inline.SMALL + 1) is not None) == as_they_come
+        assert post.pages(places, inline.SMALL) is None
+
+
 @pytest.mark.parametrize("bucket", [SMALL, LARGE])
 def test_tensors_that_are_read_where_they_lie_must_have_been_read_before_the_next_ones_are_made(post, bucket):
     assert post.overlap(bucket, [NEAR, FAR])

@@ -367,3 +367,15 @@ def test_a_forked_process_that_ends_leaves_its_parent_s_folder():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("harm", [lambda file: os.truncate(file, 10), lambda file: file.unlink()])
+def test_a_file_that_somebody_has_cut_or_removed_is_made_anew(post, harm):
+    receivers, place = agreed(post)
+    for _ in range(2):
+        post.parcels(BUCKET, [place])
+    for file in files(post):
+        harm(file)
+    for _ in range(3):
+        (parcel,) = post.parcels(BUCKET, [place])
+        assert same(receivers.take(parcel.way, parcel.fields, b"", parcel.digest), BUCKET)

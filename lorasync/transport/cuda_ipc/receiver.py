@@ -57,6 +57,8 @@ class Receiver:
 
 
 class _Page:
+    """A bucket whose memory is open, and the checksums over what the bucket is read from."""
+
     def __init__(self, bucket: Bucket[Item]) -> None:
         self.bucket, self.first = bucket, next(iter(bucket), "")
         parts = Parts.of(bucket)
