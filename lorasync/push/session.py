@@ -104,8 +104,6 @@ class EngineSession:
         """It must not generate until a push completes, whatever its workers say."""
         self._shut = reason
 
-    # ------------------------------------------------------------------------------------ what is asked
-
     def hello(self, strategy: str, manifest: str, post: Post) -> None:
         """Shake hands: everything is checked against the served model before anything is sent."""
         hello = Hello(
@@ -116,11 +114,20 @@ class EngineSession:
             in_flight=self.in_flight(),
             limit=self._limit,
         )
-        found = self._told(hello, PROBE)
+        try:
+            found = self._told(hello, PROBE)
+        except SyncTimeoutError:
+            self._greeted = True  # it may agree later, and is to be told goodbye
+            raise
         self._greeted = any_has_agreed(found)  # a worker may, although another one refuses
-        answers = read_answers(found, expected=self.target.workers)
-        if self.target.engine is not None:
+        if self._greeted and self.target.engine is not None:
             join(self.target.engine, self)
+        try:
+            answers = read_answers(found, expected=self.target.workers)
+        except LorasyncError:
+            if self._greeted:
+                self._replace_others()  # the workers that have agreed hold nothing of an earlier connection any more
+            raise
         self._learn_engine(answers)
         self._learn(answers)
         if not self.capacity:
@@ -317,8 +324,6 @@ class EngineSession:
         in_flight = tuple(sorted({*keep, *self.in_flight()}))
         self._asked(Goodbye(**self._next(), in_flight=in_flight))
 
-    # -------------------------------------------------------------------------------- adapters in flight
-
     def in_flight(self) -> tuple[int, ...]:
         """The versions of our adapter that unfinished requests name."""
         return tuple(sorted(i - ADAPTER_IDS for i in self.target.adapters_in_flight() if i > ADAPTER_IDS))
@@ -347,8 +352,6 @@ class EngineSession:
     def needed_beside(self) -> set[int]:
         """The version that new requests name until the commit, where some may come."""
         return {self.version} if self.target.generates_meanwhile and self.version else set()
-
-    # ---------------------------------------------------------------------------------- calls and answers
 
     @property
     def _limit(self) -> float:

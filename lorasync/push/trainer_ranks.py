@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasync import errors as lorasync_errors
-from lorasync.errors import Mismatch, MismatchError
+from lorasync.errors import Mismatch, MismatchError, SyncError
 from lorasync.wire import error_as_dict, error_from_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorasync.errors import LorasyncError
+
+_LONGEST_TEXT = 4 << 20
+"""Bytes that ranks tell each other at once."""
 
 _LONGEST = 20_000
 """Bytes of an error that other ranks are shown."""
@@ -114,13 +117,21 @@ def largest_of_all_ranks(number: int) -> int:
 
 
 def texts_of_all_ranks(text: str) -> list[str]:
-    """What each of the trainer's ranks calls this with, by rank; a collective of plain bytes."""
+    """What each of the trainer's ranks calls this with, by rank; a collective of plain bytes.
+
+    Raises:
+        SyncError: on every rank, if one has too much to tell.
+    """
     import torch.distributed as dist
 
     if _alone():
         return [text]
-    mine = text.encode()[:_LONGEST]
+    mine = text.encode()
     size = largest_of_all_ranks(len(mine))
+    if size > _LONGEST_TEXT:
+        raise SyncError(
+            f"trainer ranks: got {size} bytes to tell each other, expected at most {_LONGEST_TEXT}."
+        )
     padded = torch.zeros(size + 1, dtype=torch.uint8)
     padded[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)]
     padded = padded.to(_device())

@@ -155,10 +155,15 @@ class Conversation:
         if before is not None:
             self._abort(before)  # of a trainer that died, or was not told that another one took over
         took_over = digest_of_text(self.session) if self.session else ""
+        earlier = self.session, self._greeted
         self.session, self._limit = hello.session, hello.limit
         self._greeted = [*(each for each in self._greeted if each != hello.session), hello.session]
-        if before is not None:
-            self._take_over_from(before, applier, hello)
+        try:
+            if before is not None:
+                self._take_over_from(before, applier, hello)
+        except BaseException:
+            self.session, self._greeted = earlier
+            raise
         self._receivers.close()
         self._receivers, self._applier = receivers, applier
         described = applier.describe()
