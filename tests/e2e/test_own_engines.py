@@ -19,8 +19,11 @@ SCRIPT = Path(__file__).with_name("own_engines.py")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("trainer", "tp"),
-    [("ddp", 1), ("2", 1), ("3", 2)],
-    ids=["DDP, one each", "ZeRO-2, one each", "ZeRO-3, TP=2"],
+    [
+        pytest.param("ddp", 1, id="DDP, one each", marks=pytest.mark.slow),
+        pytest.param("2", 1, id="ZeRO-2, one each"),
+        pytest.param("3", 2, id="ZeRO-3, TP=2"),
+    ],
 )
 def test_every_rank_s_engine_serves_what_was_trained_or_none_takes_the_push(trainer, tp, smollm2, tmp_path):
     base = models.save(models.tiny_llama(vocab_size=49152), tmp_path / "base", tokenizer=smollm2)
