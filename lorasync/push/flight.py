@@ -84,7 +84,7 @@ class Flight:
             for _, tensor in stream:
                 self._count(1, tensor.nbytes)
             return
-        sender = self._engines.post.pages(self._engines.sessions, expected)
+        sender = self._engines.post.pages(self._engines.sessions, min(limit, expected))
         if sender is None:
             for bucket in buckets(stream, limit):
                 self.send(bucket)

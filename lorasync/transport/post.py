@@ -54,7 +54,7 @@ class Post:
 
         Args:
             places: the engines.
-            expected: bytes of all tensors together.
+            expected: bytes of a bucket.
         """
         sender = self._senders.get(shared_memory.NAME)
         first = {next(way for way in place.ways if way != cuda_ipc.NAME or place.gpu) for place in places}

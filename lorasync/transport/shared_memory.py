@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 NAME = "shared_memory"
 _ALIGN = 64
 _TURNS = 2
+_LARGEST = 1 << 48
+"""Of what a layout may say; torch can't unpack sizes of more than 63 bits."""
 
 
 class Sender:
@@ -266,7 +268,7 @@ def _parsed(text: str) -> Layout:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PayloadError(f"layout: malformed ({error}). Nothing was applied.") from error
     for name, dtype, shape, at in found:
-        if min([*shape, at]) < 0 or at % dtype.itemsize:
+        if min([*shape, at]) < 0 or max([*shape, at]) > _LARGEST or at % dtype.itemsize:
             raise PayloadError(f"layout: {name} with shape {shape} at {at} can't be. Nothing was applied.")
     if len({name for name, _, _, _ in found}) < len(found):
         raise PayloadError("layout: a name is there twice. Nothing was applied.")

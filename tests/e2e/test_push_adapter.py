@@ -191,7 +191,8 @@ def test_pushes_leave_no_adapter_file_or_memory_behind(slots, base, monkeypatch,
         for number in range(pushes):
             if number == warm_up:
                 files = _files()
-            monkeypatch.setattr("lorasync.push.payload.INLINE_LIMIT", (0, 4 << 20)[number % 2])
+            for module in ("inline", "shared_memory"):  # through a file and in the call, by turns
+                monkeypatch.setattr(f"lorasync.transport.{module}.SMALL", (0, 4 << 20)[number % 2])
             models.move(policy, seed=number)
             size = sync.send_weights().bytes
             greedy(slots, tokens=1, **sync.request())
