@@ -70,8 +70,8 @@ def test_a_thousand_pushes_leave_nothing_behind(strategy, base, expected, result
         for push in range(1, PUSHES + 1):
             models.move(policy, seed=0 if push % EVERY == 0 else push)
             with pytest.MonkeyPatch.context() as patched:
-                inline_limit = (0, 4 << 20)[push % 2]  # through a file, and in the call
-                patched.setattr("lorasync.push.payload.INLINE_LIMIT", inline_limit)
+                for module in ("inline", "shared_memory"):  # through a file, and in the call
+                    patched.setattr(f"lorasync.transport.{module}.SMALL", (0, 4 << 20)[push % 2])
                 sync.send_weights()
             request = sync.request()
             if push % EVERY == 0:
