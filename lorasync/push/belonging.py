@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from lorasync.errors import EngineNotReadyError, Mismatch, MismatchError
+from lorasync.push.answers import read_answers
 from lorasync.push.engines import Engines, naming
 from lorasync.push.trainer_ranks import agreed_by_all_ranks, rank, texts_of_all_ranks
 from lorasync.targets.kinds import is_engine, is_engine_here, target_of
-from lorasync.wire import Status, answer_from_dict
+from lorasync.wire import Status
 
 
 def named_engines(target: object) -> dict[str, object]:
@@ -103,7 +104,7 @@ def check_passed_on(belonging: Belonging, engines: Engines, *, timeout: float) -
         for name, engine in belonging.passed_on.items():
             token = tokens.get(name) or tokens.get(_of_rank(0, name), "")
             found = target_of(engine, timeout=timeout).call(Status(session=token, call=0).to_dict(), b"")
-            if not all(answer.ours for answer in map(answer_from_dict, found)):
+            if not all(answer.ours for answer in read_answers(found, expected=0).values()):
                 expected = f"the engine that rank 0 passes as {name}"
                 fix = "Pass every engine that is reached from outside on rank 0, and None on the other ranks."
                 wrong.append(

@@ -74,7 +74,7 @@ class Conversation:
         self._applier: Applier | None = None
         self._before = -1  # the version that a rollback leads to
         self._limit = 600.0
-        self._last_call = 0  # of the messages that change something
+        self._last_call = 0  # of the session's messages that change something
         self._receivers = Receivers(served.device)
         self._handed_over = False  # the trainer is in this process, and waits for the device itself
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="lorasync-stage")
@@ -115,14 +115,14 @@ class Conversation:
         """
         if isinstance(message, Digest) or not message.call:
             return
-        last = self._last_call if message.session == self.session else 0
-        if message.call <= last:
+        if message.session != self.session:  # a handshake counts once it is accepted, all else is refused
+            return
+        if message.call <= self._last_call:
             raise SyncError(
-                f"{message.op}: got message {message.call} of its connection after message {last}: late, or sent twice. "
-                "Nothing was touched."
+                f"{message.op}: got message {message.call} of its connection after message {self._last_call}: late, or sent "
+                "twice. Nothing was touched."
             )
-        if message.session == self.session or isinstance(message, Hello):
-            self._last_call = message.call
+        self._last_call = message.call
 
     def shutdown(self) -> None:
         """Forget the trainer; the served weights stay as they are."""
@@ -166,6 +166,7 @@ class Conversation:
             raise
         self._receivers.close()
         self._receivers, self._applier = receivers, applier
+        self._last_call = hello.call
         described = applier.describe()
         return Introduction(
             refused=refused,

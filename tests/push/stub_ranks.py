@@ -109,6 +109,11 @@ def who_talks_to_whom(source: Any) -> None:
     with connect(source, only(0, client)) as sync:
         assert sync.send_weights().version == sync.version
     assert bool(client.llm.workers[0].version) == (RANK == 0)
+    deaf = OfRank0(client.llm)
+    if RANK == 1:
+        deaf.collective_rpc = lambda *_, **__: []  # nobody says that it is another engine
+    with pytest.raises(EngineNotReadyError, match=r"got 0 of worker ranks"):
+        connect(source, deaf)
     client = OfRank0(client.llm)
     for target in (client, {"far": client}):
         with connect(source, target) as sync:

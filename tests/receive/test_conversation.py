@@ -167,6 +167,27 @@ def test_a_handshake_that_is_refused_gives_up_no_push_of_the_session_before(work
     assert "w" in worker.held[1]
 
 
+@pytest.mark.parametrize("refused", ["its bytes", "its strategy"])
+def test_after_a_handshake_that_is_refused_the_messages_of_the_session_before_are_late_still(
+    worker, refused, monkeypatch
+):
+    worker.hello(call=1)
+    for call, version in ((5, 1), (7, 2)):
+        worker.bucket(version, call=call)
+        worker.commit(version, call=call + 1)
+    with monkeypatch.context() as patched:
+        if refused == "its strategy":
+            patched.setattr(worker.conversation, "_applier_for", lambda hello: raising(PayloadError("no"))())
+        with pytest.raises((EngineNotReadyError, PayloadError)):
+            worker.hello(SECOND, call=1, payload=b"x" if refused == "its bytes" else PROBE)
+    for late in (lambda: worker.bucket(3, call=6), lambda: worker.commit(3, call=8)):
+        with pytest.raises(SyncError, match="late, or sent twice"):
+            late()
+    worker.bucket(3, call=9)
+    worker.commit(3, call=10)
+    assert worker.conversation.version == 3
+
+
 @pytest.mark.parametrize("carried", [PROBE, bytearray(PROBE), memoryview(PROBE)])
 def test_bytes_come_as_whatever_holds_bytes(worker, carried):
     assert worker.hello(payload=carried).refused == {"inline": ""}
