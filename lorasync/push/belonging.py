@@ -76,16 +76,14 @@ def engines_of_this_rank(target: object) -> Belonging:
     with agreed_by_all_ranks():
         _check_told(told)
     mine, passed_on = ({**here, **outside}, {}) if rank() == 0 else (here, outside)
-    counts = [len(own) + (len(others) if number == 0 else 0) for number, (own, others) in enumerate(told)]
-    ranks = sum(count > 0 for count in counts)
+    pushes_to = {n: own + (others if n == 0 else []) for n, (own, others) in enumerate(told)}
+    ranks = sum(map(bool, pushes_to.values()))
     if ranks == 1:
-        (names,) = [own + (others if n == 0 else []) for n, (own, others) in enumerate(told) if counts[n]]
+        (names,) = filter(None, pushes_to.values())
         return Belonging(mine, tuple(names), ranks, passed_on)
-    names = [
-        _of_rank(n, name) for n, (own, others) in enumerate(told) for name in own + (others if n == 0 else [])
-    ]
+    all_names = tuple(_of_rank(n, name) for n, names in pushes_to.items() for name in names)
     own = {_of_rank(rank(), name): engine for name, engine in mine.items()}
-    return Belonging(own, tuple(names), ranks, passed_on)
+    return Belonging(own, all_names, ranks, passed_on)
 
 
 def check_passed_on(belonging: Belonging, engines: Engines, *, timeout: float) -> None:

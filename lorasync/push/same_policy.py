@@ -12,6 +12,8 @@ from lorasync.wire import digest, digest_of_text
 from lorasync.zero import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -48,21 +50,18 @@ class SamePolicy:
             MismatchError: naming the ranks that hold something else than the first one.
         """
         with agreed_by_all_ranks():
-            mine = _sum(_whole(source, trained_only=False)) + digest_of_text(handshake) if has_engines else ""
+            mine = ""
+            if has_engines:
+                mine = _sum(_whole(source, trained_only=False), _planned) + digest_of_text(handshake)
         _compare(mine, "the model")
 
     def _of(self, source: Any) -> str:
-        trained = _whole(source, trained_only=True)
-        summed = [tensor for tensor in trained if can_be_summed(tensor)]
-        key = [(t.device, t.dtype, t.shape) for t in summed], addresses(summed)
-        sums = self._sums.get(key, lambda: _planned(summed))
-        rest = {str(n): t for n, t in enumerate(trained) if not can_be_summed(t)}
-        parts = [
-            *(each.now() for each in sums),
-            digest(rest) if rest else "",
-            digest_of_text(_settings(source)),
-        ]
-        return "".join(parts)
+        return _sum(_whole(source, trained_only=True), self._kept) + digest_of_text(_settings(source))
+
+    def _kept(self, tensors: list[Tensor]) -> list[Checksum]:
+        """The checksums of last time, if the same tensors lie where they lay."""
+        key = [(t.device, t.dtype, t.shape) for t in tensors], addresses(tensors)
+        return self._sums.get(key, lambda: _planned(tensors))
 
 
 def _compare(mine: str, what: str) -> None:
@@ -99,6 +98,13 @@ def _whole(source: Any, *, trained_only: bool) -> list[Tensor]:
     return [tensor.detach() for _, tensor in named if not is_sharded(tensor)]
 
 
+def _sum(tensors: list[Tensor], plan: Callable[[list[Tensor]], list[Checksum]]) -> str:
+    """Sum tensors up where they lie; a few that don't start at a word, or have gaps, are hashed."""
+    summed = [tensor for tensor in tensors if can_be_summed(tensor)]
+    rest = {str(n): tensor for n, tensor in enumerate(tensors) if not can_be_summed(tensor)}
+    return "".join([*(each.now() for each in plan(summed)), digest(rest) if rest else ""])
+
+
 def _settings(source: Any) -> str:
     """Each layer's scalings and active adapters, as PEFT keeps them: they make another policy of the same tensors."""
     model = getattr(source, "model", None)
@@ -112,12 +118,6 @@ def _settings(source: Any) -> str:
         if isinstance(scaling := getattr(module, "scaling", None), dict)
     ]
     return str(found)
-
-
-def _sum(tensors: list[Tensor]) -> str:
-    summed = [tensor for tensor in tensors if can_be_summed(tensor)]
-    rest = {str(n): tensor for n, tensor in enumerate(tensors) if not can_be_summed(tensor)}
-    return "".join([*(each.now() for each in _planned(summed)), digest(rest) if rest else ""])
 
 
 def _planned(tensors: list[Tensor]) -> list[Checksum]:

@@ -175,9 +175,8 @@ class Sender:
         if isinstance(source, FactorSource | MergedSource) and engines.read_in_place(_gpu_of(source)):
             # Factors were looked at by `check_fits`, just before.
             lent, stream = source.lend(checked=True) if isinstance(source, FactorSource) else source.lend()
-        self._scalings.get(
-            lent.key, lambda: self.handshake.check_scalings(source)
-        )  # it stays with the scalings, too
+        # A key stays with the scalings, too.
+        self._scalings.get(lent.key, lambda: self.handshake.check_scalings(source))
         totals.source += time.perf_counter() - began
         return lent, timed(stream, totals)
 

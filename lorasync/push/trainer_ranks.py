@@ -73,11 +73,9 @@ def _first_of(failed: dict[int, str]) -> LorasyncError:
     others = "".join(
         f"\n  trainer rank {n}: {e['type']}: {e['message']}" for n, e in errors.items() if n != first
     )
-    kind = found["type"] if hasattr(lorasync_errors, found["type"]) else f"{found['type']}: "
-    message = f"trainer rank {first}: {'' if kind == found['type'] else kind}{found['message']}{others}"
-    return error_from_dict(
-        {**found, "type": found["type"] if kind == found["type"] else "SyncError", "message": message}
-    )
+    if not hasattr(lorasync_errors, found["type"]):
+        found = {**found, "type": "SyncError", "message": f"{found['type']}: {found['message']}"}
+    return error_from_dict({**found, "message": f"trainer rank {first}: {found['message']}{others}"})
 
 
 def check_alike_on_all_ranks(name: str, mine: str) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from safetensors import safe_open
 
+from lorasync.bnb import find_stored
 from lorasync.errors import Mismatch, MismatchError, SyncError
-from lorasync.kernels import Base, NestedAbsmax, PackedBase, PlainBase
+from lorasync.kernels import Base, PackedBase, PlainBase
 from lorasync.receive.windows import Rectangle
 
 if TYPE_CHECKING:
@@ -194,42 +195,24 @@ class PackedBases:
 def _packed_bases(
     tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> Iterator[tuple[str, PackedBase]]:
-    """Read bitsandbytes' checkpoint layout: ``W``, ``W.absmax``, ``W.quant_map``, ``W.nested_*``, ``W.quant_state.…``."""
+    """Read the trainer's packed weights, which come as bitsandbytes would save them.
+
+    Raises:
+        MismatchError: one of them, or what says how it is packed, is not there.
+    """
     for name, dtype in dtypes.items():
-        parts = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-        state_key = next((k for k in parts if k.startswith("quant_state.")), None)
-        if name not in tensors or state_key is None:
+        stored = find_stored(name, tensors)
+        if stored is None or stored.kind == "int8" or name not in tensors:
+            parts = sorted(k.removeprefix(f"{name}.") for k in tensors if k.startswith(f"{name}."))
             raise MismatchError(
                 "The packed base is not whole; nothing was touched.",
                 [
                     Mismatch(
-                        name,
-                        f"the parts {sorted(parts)}",
-                        "a packed weight and its quant_state",
-                        "connect() again.",
+                        name, f"the parts {parts}", "a packed weight and its quant_state", "connect() again."
                     )
                 ],
             )
-        state = _quant_state(parts[state_key])
-        nested = None
-        if "nested_absmax" in parts:
-            offset = float(state["nested_offset"])
-            nested = NestedAbsmax(
-                parts["nested_absmax"].to(device), parts["nested_quant_map"].to(device), offset
-            )
-        rows, cols = state["shape"]
-        yield (
-            name,
-            PackedBase(
-                packed=tensors[name].to(device).reshape(-1),
-                absmax=parts["absmax"].to(device),
-                code=parts["quant_map"].to(device),
-                blocksize=int(state["blocksize"]),
-                shape=(int(rows), int(cols)),
-                dtype=dtype,
-                nested=nested,
-            ),
-        )
+        yield name, stored.base(tensors, dtype=dtype, device=device)
 
 
 class MixedBases:
@@ -254,12 +237,6 @@ class MixedBases:
 
     def is_on_device(self, name: str) -> bool:
         return name in self.packed_names
-
-
-def _quant_state(packed: torch.Tensor) -> dict[str, Any]:
-    import json
-
-    return dict(json.loads(bytes(packed.cpu().tolist()).decode()))
 
 
 def has_checkpoint(model_config: Any) -> bool:

@@ -20,8 +20,6 @@ from lorasync.vllm_seam.config import in_context_of
 from lorasync.vllm_seam.layout import rank_in_engine, workers_of
 from lorasync.wire import (
     Answer,
-    BucketMessage,
-    Collect,
     Introduction,
     Message,
     error_as_dict,
@@ -73,9 +71,7 @@ class WorkerEngine(WeightTransferEngine):  # type: ignore[misc]
         found = self.conversation.answer(message, payload)
         if isinstance(found, Introduction):
             return {"introduction": found}
-        if found is None and isinstance(message, BucketMessage | Collect):
-            return {"pending": True}
-        return {"digest": found or ""}
+        return {"pending": True} if found is None else {"digest": found}
 
     def _answer(self, session: Any, began: float, *, ok: bool = True, **more: Any) -> dict[str, Any]:
         state, parallel = self.conversation, self.vllm_config.parallel_config

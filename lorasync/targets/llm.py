@@ -55,9 +55,8 @@ class LLMTarget:
                 "prefix cache: vLLM did not reset it (requests are still running), expected an empty cache. "
                 "Push between generate() calls: cached keys and values of the old version would be served."
             )
-        self._call(
-            self._llm.llm_engine.reset_encoder_cache, "reset_encoder_cache"
-        )  # the old tower's embeddings
+        # It holds the old tower's embeddings.
+        self._call(self._llm.llm_engine.reset_encoder_cache, "reset_encoder_cache")
 
     def pause(self) -> None:
         """Between `generate` calls nothing is in flight.
@@ -65,9 +64,8 @@ class LLMTarget:
         Raises:
             SyncError: if something is: its keys and values would be the old version's. Nothing was touched.
         """
-        if (
-            self._llm.llm_engine.output_processor.request_states
-        ):  # has_unfinished_requests() may ask other processes
+        # `has_unfinished_requests` may ask other processes.
+        if self._llm.llm_engine.output_processor.request_states:
             raise SyncError(
                 f"push: got requests in flight ({_unfinished(self._llm.llm_engine)}), expected none, as a vllm.LLM can't "
                 f"keep them over a change of weights. Push between generate() calls, or use an AsyncLLM. {_WAY_OUT} "

@@ -81,6 +81,24 @@ class Sender(Protocol):
         ...
 
 
+class KeepsNothing:
+    """The senders' half that is the same where any bucket can go, and nothing has to be found or given back."""
+
+    def offer(self) -> dict[str, str] | None:
+        """Nothing has to be found."""
+        return {}
+
+    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
+        """Any bucket."""
+        return True
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+    def close(self) -> None:
+        """Nothing was taken."""
+
+
 class Receiver(Protocol):
     """A worker's side of a transport."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.bucket import Bucket, Item
 from lorasync.errors import PayloadError
-from lorasync.transport.base import Parcel, Place
+from lorasync.transport.base import KeepsNothing, Parcel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,29 +14,15 @@ if TYPE_CHECKING:
 NAME = "in_process"
 
 
-class Sender:
+class Sender(KeepsNothing):
     """Hands the bucket over."""
 
     name = NAME
     overlaps = False
 
-    def offer(self) -> dict[str, str] | None:
-        """Nothing has to be found."""
-        return {}
-
-    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
-        """Any bucket."""
-        return True
-
     def put(self, bucket: Bucket[Item]) -> Parcel:
         """Return the bucket itself, with its key if it is reused."""
         return Parcel(NAME, payload=bucket)
-
-    def release(self) -> None:
-        """Nothing was taken."""
-
-    def close(self) -> None:
-        """Nothing was taken."""
 
 
 class Receiver:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasync.bucket import Bucket, Item, made
 from lorasync.errors import PayloadError
-from lorasync.transport.base import Parcel, Place, check_digest
+from lorasync.transport.base import KeepsNothing, Parcel, check_digest
 from lorasync.wire.tensors import digest as digest_of
 from lorasync.wire.tensors import pack, unpack
 
@@ -18,30 +18,16 @@ SMALL = 4 << 20
 """Buckets up to this many bytes are cheapest in the call, also where there is shared memory."""
 
 
-class Sender:
+class Sender(KeepsNothing):
     """Packs a bucket."""
 
     name = NAME
     overlaps = True
 
-    def offer(self) -> dict[str, str] | None:
-        """Nothing has to be found."""
-        return {}
-
-    def takes(self, bucket: Bucket[Item], place: Place) -> bool:  # noqa: ARG002
-        """Any bucket."""
-        return True
-
     def put(self, bucket: Bucket[Item]) -> Parcel:
         """The bucket as bytes."""
         tensors = {name: made(item) for name, item in bucket.items()}
         return Parcel(NAME, payload=pack(tensors), digest=digest_of(tensors))
-
-    def release(self) -> None:
-        """Nothing was taken."""
-
-    def close(self) -> None:
-        """Nothing was taken."""
 
 
 class Receiver:

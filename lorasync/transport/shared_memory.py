@@ -96,9 +96,8 @@ class Sender:
         assert self._folder is not None
         self._turn = (self._turn + 1) % _TURNS
         slot = self._slots[self._turn]
-        if (
-            slot is None or slot.size < size or not slot.is_whole()
-        ):  # writing to a file that was cut ends the process
+        # Writing to a file that was cut ends the process.
+        if slot is None or slot.size < size or not slot.is_whole():
             if slot is not None:
                 slot.remove()
             self._slots[self._turn] = None
@@ -262,17 +261,15 @@ def _parsed(text: str) -> Layout:
         PayloadError: if it is malformed, a dtype does not travel, or an offset is not aligned.
     """
     try:
-        found = [
-            (str(n), dtype_of(d), [int(s) for s in shape], int(at)) for n, d, shape, at in json.loads(text)
-        ]
+        layout = [(str(n), str(d), [int(s) for s in shape], int(at)) for n, d, shape, at in json.loads(text)]
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PayloadError(f"layout: malformed ({error}). Nothing was applied.") from error
-    for name, dtype, shape, at in found:
-        if min([*shape, at]) < 0 or max([*shape, at]) > _LARGEST or at % dtype.itemsize:
+    for name, kind, shape, at in layout:
+        if min([*shape, at]) < 0 or max([*shape, at]) > _LARGEST or at % dtype_of(kind).itemsize:
             raise PayloadError(f"layout: {name} with shape {shape} at {at} can't be. Nothing was applied.")
-    if len({name for name, _, _, _ in found}) < len(found):
+    if len({name for name, _, _, _ in layout}) < len(layout):
         raise PayloadError("layout: a name is there twice. Nothing was applied.")
-    return [(name, dtype_name(dtype), shape, at) for name, dtype, shape, at in found]
+    return layout
 
 
 def _end(layout: Layout) -> int:

@@ -47,7 +47,8 @@ class Answer:
     Attributes:
         ok: whether it did what was asked.
         rank: which worker it is, of all replicas' of the engine.
-        workers: how many workers a replica of the engine has.
+        workers: how many workers the engine has, as far as the worker knows: with data parallelism of a dense model vLLM
+            tells each replica that it is alone.
         version: what it serves.
         closed: why it must not generate; empty if it may.
         ours: whether it takes the pushes of the session that asks.
