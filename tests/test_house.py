@@ -29,7 +29,6 @@ COVERED_BY = {
     "lorasync.push.versions": "tests/push/test_requests.py",
     "lorasync.receive.adapter": "tests/e2e/test_push_adapter.py",
     "lorasync.receive.base_check": "tests/receive/test_merge_in_worker.py",
-    "lorasync.receive.bases": "tests/receive/test_merge_in_worker.py",
     "lorasync.receive.engine": "tests/push/test_session.py",
     "lorasync.receive.factors": "tests/receive/test_merge_in_worker.py",
     "lorasync.receive.load": "tests/receive/test_merge_in_worker.py",

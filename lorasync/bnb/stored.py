@@ -54,6 +54,14 @@ class Stored:
         said = _said(tensors[self.state])
         return getattr(torch, said["dtype"]), tuple(said["shape"])
 
+    def lacking(self, tensors: Tensors) -> list[str]:
+        """Name what a 4-bit weight needs beside it, as its ``quant_state`` says, and is not there."""
+        nested = (
+            (".nested_absmax", ".nested_quant_map") if "nested_offset" in _said(tensors[self.state]) else ()
+        )
+        needed = [self.name + suffix for suffix in (".absmax", ".quant_map", *nested)]
+        return [name for name in needed if name not in self.beside]
+
     def read(self, tensors: Tensors) -> Tensor:
         """Read the weight, dequantized on the CPU."""
         if self.kind == "int8":

@@ -84,7 +84,8 @@ class Flight:
             for _, tensor in stream:
                 self._count(1, tensor.nbytes)
             return
-        sender = self._engines.post.pages(self._engines.sessions, min(limit, expected))
+        size = min(limit, expected)
+        sender = self._engines.post.pages(self._engines.sessions, size)
         if sender is None:
             for bucket in buckets(stream, limit):
                 self.send(bucket)
@@ -95,7 +96,7 @@ class Flight:
                 self._go([page.parcel()] * len(self._engines.sessions), overlap=True)
                 page = None
             if page is None:
-                page = sender.page(max(min(limit, expected), tensor.nbytes))
+                page = sender.page(max(size, tensor.nbytes))
             page.add(name, tensor)
             self._count(1, tensor.nbytes)
         if page is not None:

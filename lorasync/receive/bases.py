@@ -202,13 +202,16 @@ def _packed_bases(
     """
     for name, dtype in dtypes.items():
         stored = find_stored(name, tensors)
-        if stored is None or stored.kind == "int8" or name not in tensors:
+        if stored is None or stored.kind == "int8" or name not in tensors or stored.lacking(tensors):
             parts = sorted(k.removeprefix(f"{name}.") for k in tensors if k.startswith(f"{name}."))
             raise MismatchError(
                 "The packed base is not whole; nothing was touched.",
                 [
                     Mismatch(
-                        name, f"the parts {parts}", "a packed weight and its quant_state", "connect() again."
+                        name,
+                        f"the parts {parts}",
+                        "a packed weight and all that its quant_state names",
+                        "connect() again.",
                     )
                 ],
             )

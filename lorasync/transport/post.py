@@ -49,17 +49,17 @@ class Post:
         made = {way: self._senders[way].put(bucket) for way in dict.fromkeys(ways)}
         return [made[way] for way in ways]
 
-    def pages(self, places: Sequence[Place], expected: int) -> shared_memory.Sender | None:
+    def pages(self, places: Sequence[Place], size: int) -> shared_memory.Sender | None:
         """The sender that writes tensors as they come, if that is the cheapest way to all of these engines.
 
         Args:
             places: the engines.
-            expected: bytes of a bucket.
+            size: bytes of a bucket.
         """
         sender = self._senders.get(shared_memory.NAME)
         first = {next(way for way in place.ways if way != cuda_ipc.NAME or place.gpu) for place in places}
         all_so = isinstance(sender, shared_memory.Sender) and first == {shared_memory.NAME}
-        return sender if all_so and expected > inline.SMALL else None  # type: ignore[return-value]
+        return sender if all_so and size > inline.SMALL else None  # type: ignore[return-value]
 
     def overlap(self, bucket: Bucket[Item], places: Sequence[Place]) -> bool:
         """Whether a bucket may be made ready for these engines while they read the one before."""
