@@ -165,6 +165,8 @@ class _Finder:
             dtype, shape = self.int8_dtype, self.tensors.describe(name)[1]
         else:
             dtype, shape = packed.logical(self.tensors)
+            what, fix = f"a part of {name}, which its quant_state names", "Fetch or save the base again."
+            self.wrong += [Mismatch(lost, "nothing", what, fix) for lost in packed.lacking(self.tensors)]
         return (
             name,
             Weight(packed.kind, dtype, shape, partial(packed.read, self.tensors)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -166,6 +167,18 @@ def test_an_incomplete_base_is_refused_by_the_names(
     adapt(load(base), **ATTENTION).save_pretrained(tmp_path / "adapter")
     rewrite(base, change)
     with pytest.raises(MismatchError, match=named):
+        merge_to_disk(base, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
+def test_a_base_of_bitsandbytes_that_lacks_a_part_is_refused_by_its_name(part: str, tmp_path: Path) -> None:
+    packed_bases.build("llama").save_pretrained(tmp_path / "plain")
+    base = _saved(quantized(tmp_path / "plain", "nf4 nested"), tmp_path / "base")
+    adapt(packed_bases.build("llama"), **ATTENTION).save_pretrained(tmp_path / "adapter")
+    lost = f"0.mlp.up_proj.weight.{part}"
+    rewrite(base, _drop(lost))
+    with pytest.raises(MismatchError, match=rf"{re.escape(lost)}: got nothing"):
         merge_to_disk(base, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
     assert not (tmp_path / "out").exists()
 
